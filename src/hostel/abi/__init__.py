@@ -1,0 +1,1 @@
+"""Layouts and numbers of the interfaces hostel speaks. No I/O here."""

@@ -1,0 +1,1 @@
+"""Everything that is in guest memory before the first instruction."""

@@ -1,0 +1,1 @@
+"""The few devices that are not virtio."""

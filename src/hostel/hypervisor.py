@@ -1,0 +1,171 @@
+"""The contract between the monitor and whatever runs vCPUs (KVM; later our software hypervisor).
+
+A raw exit is parsed once, by the hypervisor, into one of the values below; the monitor dispatches on
+their type and nobody else looks at a ``kvm_run`` page.
+
+The ``data`` of a PIO or MMIO exit is a view into the page that the hypervisor shares with us, valid
+until the next ``run`` of that vCPU. For a read the monitor fills it; the value reaches the guest when
+the vCPU is entered again (KVM api.rst, "KVM_EXIT_IO").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from .abi import kvm as abi
+from .memory import Region
+
+
+@dataclass(slots=True)
+class PioExit:
+    """``in``/``out``; ``rep ins``/``outs`` arrive as one exit with ``count`` > 1."""
+
+    port: int
+    size: int
+    count: int
+    is_write: bool
+    data: memoryview
+    """``size * count`` bytes."""
+
+
+@dataclass(slots=True)
+class MmioExit:
+    address: int
+    is_write: bool
+    data: memoryview
+    """1 to 8 bytes."""
+
+
+@dataclass(slots=True)
+class HaltExit:
+    """``hlt`` with no in-kernel irqchip to wait in."""
+
+
+@dataclass(slots=True)
+class ShutdownExit:
+    """A triple fault."""
+
+
+@dataclass(slots=True)
+class SystemEvent:
+    type: int
+
+
+@dataclass(slots=True)
+class DebugExit:
+    exception: int
+    pc: int
+    dr6: int
+    dr7: int
+
+
+@dataclass(slots=True)
+class MsrExit:
+    """An MSR access handed to user space (KVM_CAP_X86_USER_SPACE_MSR)."""
+
+    index: int
+    is_write: bool
+    value: int
+    reason: int
+
+
+@dataclass(slots=True)
+class HypercallExit:
+    number: int
+    args: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class IoapicEoi:
+    """A level-triggered interrupt was acknowledged (split irqchip)."""
+
+    vector: int
+
+
+@dataclass(slots=True)
+class InternalError:
+    """KVM could not emulate what the guest did."""
+
+    suberror: int
+    data: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class FailEntry:
+    """The processor refused to enter the guest."""
+
+    reason: int
+
+
+@dataclass(slots=True)
+class Interrupted:
+    """``kick`` was called, or a signal came in. Nothing happened in the guest."""
+
+
+@dataclass(slots=True)
+class UnknownExit:
+    reason: int
+
+
+Exit = (
+    PioExit
+    | MmioExit
+    | HaltExit
+    | ShutdownExit
+    | SystemEvent
+    | DebugExit
+    | MsrExit
+    | HypercallExit
+    | IoapicEoi
+    | InternalError
+    | FailEntry
+    | Interrupted
+    | UnknownExit
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MsiMessage:
+    """Address and data of a message-signalled interrupt (SDM vol. 3A §11.11)."""
+
+    address: int
+    data: int
+
+
+@dataclass(frozen=True, slots=True)
+class GsiRoute:
+    """Where a GSI leads: an irqchip pin, or a message."""
+
+    gsi: int
+    target: MsiMessage | tuple[int, int]
+    """A message, or ``(irqchip, pin)`` with KVM_IRQCHIP_* numbers."""
+
+
+class Vcpu(Protocol):
+    """One virtual processor. All but ``kick`` belong to the thread that runs it."""
+
+    id: int
+
+    def run(self) -> Exit: ...
+    def kick(self) -> None:
+        """Make a running or the next ``run`` return ``Interrupted`` soon. From any thread."""
+
+    def get_regs(self) -> abi.Regs: ...
+    def set_regs(self, regs: abi.Regs) -> None: ...
+    def get_sregs(self) -> abi.Sregs: ...
+    def set_sregs(self, sregs: abi.Sregs) -> None: ...
+    def close(self) -> None: ...
+
+
+class Vm(Protocol):
+    """One virtual machine. Thread-safe as the kernel is."""
+
+    def map(self, slot: int, region: Region, *, read_only: bool = False, log_dirty: bool = False) -> None: ...
+    def create_vcpu(self, id: int) -> Vcpu: ...  # noqa: A002
+    def irq_line(self, gsi: int, level: bool) -> None: ...
+    def signal_msi(self, message: MsiMessage) -> bool: ...
+    def ioeventfd(self, address: int, size: int, fd: int, *, match: int | None = None, pio: bool = False, assign: bool = True) -> None: ...
+    def irqfd(self, gsi: int, fd: int, *, assign: bool = True) -> None: ...
+    def set_gsi_routes(self, routes: list[GsiRoute]) -> None: ...
+    def close(self) -> None: ...

@@ -1,0 +1,1 @@
+"""The hardware hypervisor: one class per KVM file descriptor, one thin method per ioctl."""

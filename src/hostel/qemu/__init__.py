@@ -1,0 +1,1 @@
+"""Engine qemu: the same plan on a QEMU process."""

@@ -1,0 +1,1 @@
+"""Virtio: queue, transports, devices and data planes."""
