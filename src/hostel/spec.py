@@ -33,7 +33,9 @@ def parse_size(text: str) -> int:
     """Bytes from ``512M``, ``2G``, ``1GiB`` or a plain number; ``SpecError`` for anything else."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise SpecError(f"not a size: {text!r}", cure="write a number with K, M, G or T, such as 512M")
+        raise SpecError(
+            f"not a size: {text!r}", cure="write a number with K, M, G or T, such as 512M"
+        )
     return int(match[1]) << _SHIFT[match[2].upper()]
 
 
@@ -41,7 +43,7 @@ class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     pass
 
 
-class Disk(_Part):
+class Disk(_Part, frozen=True):
     """One virtio-blk disk: a raw file or a block device on the host."""
 
     path: str
@@ -49,7 +51,7 @@ class Disk(_Part):
     serial: str = ""
 
 
-class Volume(_Part):
+class Volume(_Part, frozen=True):
     """A host directory or file shown in the guest at ``target`` (virtiofs)."""
 
     source: str
@@ -57,7 +59,7 @@ class Volume(_Part):
     read_only: bool = False
 
 
-class Root(_Part):
+class Root(_Part, frozen=True):
     """Where the guest's root file system comes from. Always under a tmpfs overlay: nothing written
     in the guest reaches it.
 
@@ -70,7 +72,7 @@ class Root(_Part):
     path: str = ""
 
 
-class MachineSpec(_Part):
+class MachineSpec(_Part, frozen=True):
     """A machine. Every field has the meaning of the option of ``hostel run`` with its name."""
 
     name: str = ""
@@ -113,7 +115,7 @@ class MachineSpec(_Part):
         return msgspec.structs.replace(self, **changes)
 
 
-def decode(text: str | bytes, *, format: Literal["json", "toml"]) -> MachineSpec:  # noqa: A002
+def decode(text: str | bytes, *, format: Literal["json", "toml"]) -> MachineSpec:
     """A spec from JSON or TOML text; ``SpecError`` names the key that is wrong."""
     try:
         if format == "json":
