@@ -1,0 +1,91 @@
+"""What an engine starts: a ``MachineSpec`` with every path resolved and every default filled.
+
+::
+
+    MachineSpec ──(machine.py looks at the host)──> Plan ──> Monitor | QemuEngine ──> Ending
+
+A plan is plain data. An engine neither searches the host nor decides anything that a plan could say;
+so a plan can be shown (``--dry-run``) and both engines start the same machine.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from .console import Console
+from .spec import Disk, MachineSpec
+
+AGENT_PORT = "hostel.agent"
+
+EndingKind = Literal["poweroff", "reset", "panic", "crash", "debug-exit", "stopped", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A host directory served by a vhost-user file system daemon that listens on ``socket``."""
+
+    tag: str
+    socket: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything an engine needs."""
+
+    spec: MachineSpec
+    engine: Literal["kvm", "qemu"]
+    reason: str
+    """Why this engine, for a person."""
+    kernel: Path
+    """The image as the engine is to load it."""
+    release: str
+    initrd: Path | None
+    cmdline: str
+    disks: tuple[Disk, ...]
+    shares: tuple[Share, ...]
+    runtime: Path
+    """This machine's private directory for sockets and logs."""
+    agent: bool = True
+    """Whether there is an agent port (``hostel boot`` has none)."""
+    accel: Literal["kvm", "tcg"] = "kvm"
+    """What runs the vCPUs of engine ``qemu``."""
+    qemu_args: tuple[str, ...] = ()
+    """Further arguments for engine ``qemu``: the testbed's server hardware."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a machine ended.
+
+    ``poweroff`` and ``reset`` are the guest's own doing; ``panic`` is a kernel panic, ``crash`` a triple
+    fault or an exit that the hypervisor cannot handle; ``debug-exit`` is the debug exit port, with its
+    ``code``; ``stopped`` is ours; ``error`` the engine's own failure.
+    """
+
+    kind: EndingKind
+    detail: str = ""
+    code: int = 0
+
+
+class Engine(Protocol):
+    """What ``Machine`` drives. ``start`` may raise any HostelError and then has left nothing behind."""
+
+    console: Console
+
+    @property
+    def agent(self) -> socket.socket:
+        """Connected to the agent's port, once ``start`` has returned."""
+
+    def start(self) -> None: ...
+
+    def wait(self, timeout: float | None = None) -> Ending | None:
+        """How the machine ended, or None if it still runs after ``timeout`` seconds."""
+
+    def stop(self) -> None:
+        """End it at once; idempotent."""
+
+    def statistics(self) -> dict[str, Any]:
+        """A snapshot of counters."""
