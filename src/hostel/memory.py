@@ -11,4 +11,223 @@ vhost-user process (by file descriptor and offset): a ``Region`` carries all thr
 
 Every access from Python goes through ``view``: an address from the guest that is not wholly inside
 one region raises ``MemoryFault`` and touches nothing.
+
+Lifetime: a view keeps the mapping alive, so ``close`` is safe while views are about: it ends all
+access through this object and closes the file descriptor; the pages go with the last view.
 """
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import weakref
+from dataclasses import dataclass
+from struct import Struct
+from types import TracebackType
+
+from .errors import HostError, MachineStopped, MemoryFault, SpecError
+
+PAGE = 4096
+HUGE_PAGE = 2 << 20
+
+_PROT_NONE, _PROT_READ_WRITE = 0, 3
+_MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 1, 2, 0x10, 0x20, 0x4000
+_MADV_HUGEPAGE, _MADV_DONTDUMP = 14, 16
+_MAP_FAILED = 2**64 - 1
+
+# A native-size little-endian field is one load or store in CPython, never bytes one by one: a ring
+# index that the guest is changing is read whole (virtio 1.2 §2.7.13.3 relies on it).
+_U16, _U32, _U64 = Struct("<H"), Struct("<I"), Struct("<Q")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_size_t
+_libc.mmap.argtypes = (
+    ctypes.c_size_t,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+)
+_libc.munmap.argtypes = (ctypes.c_size_t, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Bytes of guest memory under their three names: guest address, our address, file offset."""
+
+    gpa: int
+    size: int
+    hva: int
+    offset: int
+
+
+class GuestMemory:
+    """The RAM of one machine. A context manager; ``close`` may be called twice."""
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        low_end: int = 0xC000_0000,
+        high_start: int = 1 << 32,
+        hugepages: bool = False,
+    ) -> None:
+        page = HUGE_PAGE if hugepages else PAGE
+        if size <= 0 or size % page:
+            raise SpecError(f"memory must be a positive multiple of {page} bytes, not {size}")
+        self.size = size
+        self.fd = _create_file(size, hugepages)
+        try:
+            hva = _map_aligned(self.fd, size, hugepages)
+        except HostError:
+            os.close(self.fd)
+            raise
+        self.regions = _regions(size, hva, low_end, high_start)
+        array = (ctypes.c_char * size).from_address(hva)
+        weakref.finalize(array, _libc.munmap, hva, size).atexit = False
+        self._bytes = memoryview(array).cast("B")
+        self._low_size = self.regions[0].size
+        self._high = high_start
+        self._high_size = size - self._low_size
+
+    def view(self, gpa: int, size: int) -> memoryview:
+        """Writable, zero-copy."""
+        start = self._offset(gpa, size)
+        return self._bytes[start : start + size]
+
+    def read(self, gpa: int, size: int) -> bytes:
+        start = self._offset(gpa, size)
+        return bytes(self._bytes[start : start + size])
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        size = data.nbytes if isinstance(data, memoryview) else len(data)
+        start = self._offset(gpa, size)
+        self._bytes[start : start + size] = data
+
+    def read_u16(self, gpa: int) -> int:
+        value: int = _U16.unpack_from(self._bytes, self._offset(gpa, 2))[0]
+        return value
+
+    def read_u32(self, gpa: int) -> int:
+        value: int = _U32.unpack_from(self._bytes, self._offset(gpa, 4))[0]
+        return value
+
+    def read_u64(self, gpa: int) -> int:
+        value: int = _U64.unpack_from(self._bytes, self._offset(gpa, 8))[0]
+        return value
+
+    def write_u16(self, gpa: int, value: int) -> None:
+        _U16.pack_into(self._bytes, self._offset(gpa, 2), value)
+
+    def write_u32(self, gpa: int, value: int) -> None:
+        _U32.pack_into(self._bytes, self._offset(gpa, 4), value)
+
+    def write_u64(self, gpa: int, value: int) -> None:
+        _U64.pack_into(self._bytes, self._offset(gpa, 8), value)
+
+    def hva(self, gpa: int, size: int = 1) -> int:
+        """Our own address of these bytes, for the kernel: a vhost ring, an iovec."""
+        return self.regions[0].hva + self._offset(gpa, size)
+
+    def close(self) -> None:
+        """End all access. Views taken before stay readable and keep the pages until they go."""
+        if self.fd < 0:
+            return
+        os.close(self.fd)
+        self.fd = -1
+        self._bytes = memoryview(b"")
+        self._low_size = self._high_size = -1
+
+    def __enter__(self) -> GuestMemory:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _offset(self, gpa: int, size: int) -> int:
+        """Where in the file these bytes begin; ``MemoryFault`` unless one region holds them all."""
+        if size >= 0 <= gpa:
+            if gpa + size <= self._low_size:
+                return gpa
+            above = gpa - self._high
+            if above >= 0 and above + size <= self._high_size:
+                return self._low_size + above
+        if self.fd < 0:
+            raise MachineStopped("guest memory is closed")
+        raise MemoryFault(f"guest address {gpa:#x}, {size} bytes, is outside guest memory")
+
+
+def _regions(size: int, hva: int, low_end: int, high_start: int) -> tuple[Region, ...]:
+    low = Region(0, min(size, low_end), hva, 0)
+    if size <= low_end:
+        return (low,)
+    return (low, Region(high_start, size - low_end, hva + low_end, low_end))
+
+
+def _create_file(size: int, hugepages: bool) -> int:
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    if hugepages:
+        flags |= os.MFD_HUGETLB | os.MFD_HUGE_2MB
+    try:
+        fd = os.memfd_create("hostel-guest-memory", flags)
+    except OSError as error:
+        raise _refused(size, hugepages, error) from None
+    try:
+        os.ftruncate(fd, size)
+        # A helper process that is handed this file must not be able to shrink it under us (SIGBUS).
+        fcntl.fcntl(
+            fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        )
+    except OSError as error:
+        os.close(fd)
+        raise _refused(size, hugepages, error) from None
+    return fd
+
+
+def _map_aligned(fd: int, size: int, hugepages: bool) -> int:
+    """Map the file at an HVA aligned to 2 MiB, so that KVM can use huge pages for GPA → HPA."""
+    reserved = size + HUGE_PAGE
+    flags = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE
+    base = _libc.mmap(0, reserved, _PROT_NONE, flags, -1, 0)
+    if base == _MAP_FAILED:
+        raise _refused(size, hugepages, _last_error())
+    hva: int = -(-base // HUGE_PAGE) * HUGE_PAGE
+    if _libc.mmap(hva, size, _PROT_READ_WRITE, _MAP_SHARED | _MAP_FIXED, fd, 0) == _MAP_FAILED:
+        error = _last_error()
+        _libc.munmap(base, reserved)
+        raise _refused(size, hugepages, error)
+    if hva > base:
+        _libc.munmap(base, hva - base)
+    if (tail := -(-(hva + size) // PAGE) * PAGE) < base + reserved:
+        _libc.munmap(tail, base + reserved - tail)
+    # Advice only: a kernel without transparent huge pages answers EINVAL and all still works.
+    _libc.madvise(hva, size, _MADV_HUGEPAGE)
+    _libc.madvise(hva, size, _MADV_DONTDUMP)
+    return hva
+
+
+def _last_error() -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))
+
+
+def _refused(size: int, hugepages: bool, error: OSError) -> HostError:
+    if not hugepages:
+        return HostError(
+            f"the host refused {size >> 20} MiB of guest memory: {error.strerror}",
+            cure="ask for less, or raise the limit (ulimit -v, memory cgroup)",
+        )
+    need = size // HUGE_PAGE
+    return HostError(
+        f"the host has no {need} free huge pages of 2 MiB: {error.strerror}",
+        cost="the machine cannot start with hugepages",
+        cure=f"sysctl vm.nr_hugepages={need} (as root), or leave hugepages out",
+    )
