@@ -1,0 +1,134 @@
+"""The event loop: one thread that waits on file descriptors with epoll.
+
+Everything that happens on the host's side of a machine and is not a vCPU runs here, one callback
+after another, so a callback must not block: file descriptors are non-blocking, and work that blocks
+belongs in a thread of its own.
+
+Interest is level-triggered: a callback that leaves data unread is called again. ``add``, ``modify``,
+``remove`` and ``call_soon`` may be called from any thread; ``remove`` from another thread does not
+wait for a callback that is running (``run_sync`` does).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+from collections import deque
+from collections.abc import Callable
+
+Callback = Callable[[], None]
+
+
+class EventLoop:
+    """``start`` to ``stop``. ``on_error`` gets what a callback raises; the loop goes on."""
+
+    def __init__(self, on_error: Callable[[Exception], None] | None = None) -> None:
+        self._on_error = on_error
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callback] = {}
+        self._soon: deque[Callback] = deque()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._wake, select.EPOLLIN)
+        self._running = False
+        self._closed = False
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="hostel-loop", daemon=True)
+
+    def start(self) -> None:
+        self._running = True
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and close everything. Idempotent; from the loop itself it does not wait."""
+        self._running = False
+        with self._lock:
+            if self._closed:
+                return
+            os.eventfd_write(self._wake, 1)
+        if self._thread is threading.current_thread():
+            return
+        if self._thread.is_alive():
+            self._thread.join()
+        self._close()
+
+    def add(self, fd: int, callback: Callback, *, read: bool = True, write: bool = False) -> None:
+        """Call ``callback()`` whenever ``fd`` is ready, or has failed or hung up."""
+        self._callbacks[fd] = callback
+        self._epoll.register(fd, _events(read, write))
+
+    def modify(self, fd: int, *, read: bool = True, write: bool = False) -> None:
+        """With neither, only failure and hang-up are reported."""
+        self._epoll.modify(fd, _events(read, write))
+
+    def remove(self, fd: int) -> None:
+        """Before ``fd`` is closed. Idempotent."""
+        if self._callbacks.pop(fd, None) is not None and not self._epoll.closed:
+            with contextlib.suppress(OSError):  # a closed descriptor has left the epoll set already
+                self._epoll.unregister(fd)
+
+    def call_soon(self, callback: Callback) -> None:
+        """Run ``callback()`` on the loop's thread. From any thread."""
+        self._soon.append(callback)
+        with self._lock:
+            if not self._closed:
+                os.eventfd_write(self._wake, 1)
+
+    def run_sync(self, callback: Callback) -> None:
+        """Run ``callback()`` between two others and return when it has run.
+
+        On the loop's own thread, or when the loop does not run, it is simply called. The caller must
+        hold no lock that a callback of the loop takes.
+        """
+        if threading.current_thread() is self._thread or not self._thread.is_alive():
+            callback()
+            return
+        done = threading.Event()
+
+        def run() -> None:
+            try:
+                callback()
+            finally:
+                done.set()
+
+        self.call_soon(run)
+        while not done.wait(0.1):
+            if not self._thread.is_alive():
+                return
+
+    def _run(self) -> None:
+        while self._running:
+            for fd, _ in self._epoll.poll():
+                if fd == self._wake:
+                    self._run_soon()
+                elif callback := self._callbacks.get(fd):  # an earlier one may have removed it
+                    self._call(callback)
+                if not self._running:
+                    break
+
+    def _run_soon(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
+        while self._soon:
+            self._call(self._soon.popleft())
+
+    def _call(self, callback: Callback) -> None:
+        try:
+            callback()
+        except Exception as error:
+            if self._on_error is None:
+                raise
+            self._on_error(error)
+
+    def _close(self) -> None:
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._epoll.close()
+                os.close(self._wake)
+        self._callbacks.clear()
+
+
+def _events(read: bool, write: bool) -> int:
+    return (select.EPOLLIN if read else 0) | (select.EPOLLOUT if write else 0)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from hostel.vmm.loop import EventLoop
+
+
+@pytest.fixture
+def errors() -> list[Exception]:
+    return []
+
+
+@pytest.fixture
+def loop(errors: list[Exception]) -> Iterator[EventLoop]:
+    loop = EventLoop(errors.append)
+    loop.start()
+    yield loop
+    loop.stop()
+
+
+def test_reads_are_reported(loop: EventLoop) -> None:
+    reader, writer = os.pipe()
+    got, done = bytearray(), threading.Event()
+
+    def on_ready() -> None:
+        got.extend(os.read(reader, 1))
+        if len(got) == 3:
+            done.set()
+
+    loop.add(reader, on_ready)
+    os.write(writer, b"abc")
+    assert done.wait(5)
+    assert got == b"abc"
+    loop.remove(reader)
+    loop.remove(reader)
+    os.close(reader)
+    os.close(writer)
+
+
+def test_write_interest_can_be_switched(loop: EventLoop) -> None:
+    reader, writer = os.pipe()
+    writable = threading.Event()
+
+    def on_ready() -> None:
+        loop.modify(writer, read=False)
+        writable.set()
+
+    loop.add(writer, on_ready, read=False)
+    assert not writable.wait(0.05)
+    loop.modify(writer, read=False, write=True)
+    assert writable.wait(5)
+    loop.remove(writer)
+    os.close(reader)
+    os.close(writer)
+
+
+def test_call_soon_runs_in_order_on_the_loop(loop: EventLoop) -> None:
+    seen: list[tuple[int, str]] = []
+    for n in range(100):
+        loop.call_soon(lambda n=n: seen.append((n, threading.current_thread().name)))  # type: ignore[misc]
+    loop.run_sync(lambda: None)
+    assert seen == [(n, "hostel-loop") for n in range(100)]
+
+
+def test_error_is_reported_and_the_loop_goes_on(loop: EventLoop, errors: list[Exception]) -> None:
+    loop.call_soon(lambda: {}["missing"])
+    ran = threading.Event()
+    loop.call_soon(ran.set)
+    assert ran.wait(5)
+    assert [type(error) for error in errors] == [KeyError]
+
+
+def test_callback_may_remove_another_in_the_same_round(loop: EventLoop) -> None:
+    pipes = [os.pipe() for _ in range(2)]
+    calls: list[int] = []
+
+    def on_ready(n: int) -> None:
+        calls.append(n)
+        for reader, _ in pipes:
+            loop.remove(reader)
+
+    def prepare() -> None:
+        for n, (reader, writer) in enumerate(pipes):
+            os.write(writer, b"x")
+            loop.add(reader, lambda n=n: on_ready(n))  # type: ignore[misc]
+
+    loop.run_sync(prepare)
+    for _ in range(3):
+        loop.run_sync(lambda: None)
+    assert len(calls) == 1
+    for ends in pipes:
+        for fd in ends:
+            os.close(fd)
+
+
+def test_stop_is_idempotent_and_leaks_nothing() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    loop = EventLoop()
+    loop.start()
+    loop.stop()
+    loop.stop()
+    loop.call_soon(lambda: None)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_stop_from_the_loop_itself() -> None:
+    loop = EventLoop()
+    loop.start()
+    loop.call_soon(loop.stop)
+    loop._thread.join(5)
+    assert not loop._thread.is_alive()
+    loop.stop()
+
+
+def test_a_loop_that_never_ran_can_be_stopped() -> None:
+    loop = EventLoop()
+    called: list[int] = []
+    loop.run_sync(lambda: called.append(1))
+    loop.stop()
+    assert called == [1]
