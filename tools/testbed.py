@@ -1,0 +1,476 @@
+"""`./dev testbed`: an emulated x86 server under QEMU TCG, with the host's own root, that runs a command.
+
+The picture:
+
+    testbed.py ──┬── virtiofsd    the host's root, read-only, from a private mount namespace
+                 └── qemu (TCG)   AMD-V, nested paging, IOMMU, a spare NIC and an NVMe disk
+                       │ kernel: Debian's, from hostel's cache; initramfs: testbed_init.c and modules
+                       │ root: overlay of the host's root and a tmpfs; nothing written there stays
+                       └ testbed_guest.py: loads kvm_amd, vhost …, runs the command
+    four virtio-serial ports carry control lines, stdin, stdout, stderr
+
+Rules: standard library only (it runs before the virtual environment exists); standard output carries
+the command's bytes only; every child dies with us (parent-death signal), and nothing is left on disk.
+The server emulated is slow (a few per cent of native) and stalled in 2 of 20 boots when measured: a boot
+that makes no progress is ended and tried again, and we say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import selectors
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import threading
+import time
+import tty
+from collections.abc import Iterator
+from pathlib import Path
+
+TOP = Path(__file__).resolve().parent.parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hostel"
+BOOT_MODULES = ("virtio_pci", "virtio_console", "virtiofs", "overlay")
+PORTS = ("control", "stdin", "stdout", "stderr")
+STALL = 45.0
+"""Seconds without a byte on the console, or a step of the guest's runner, that end a boot."""
+ATTEMPTS = 3
+OWN_FAILURE = 125
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+class TestbedError(Exception):
+    """One line for the user: what is wrong, and what to do."""
+
+
+class Stalled(TestbedError):
+    """A boot that stopped making progress; worth another try."""
+
+
+def say(text: str) -> None:
+    print(f"testbed: {text}", file=sys.stderr, flush=True)
+
+
+# --- What it is made of: kernel, modules, initramfs ------------------------------------------------
+
+
+def program(*names: str) -> str:
+    for name in names:
+        if found := shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"):
+            return found
+    raise TestbedError(f"{names[-1]}: not found; run `./dev setup`")
+
+
+def newest_kernel() -> Path:
+    """The directory of one unpacked kernel package: boot/vmlinuz-*, lib/modules/*."""
+    found = [path.parent.parent for path in (CACHE / "kernels").glob("*/boot/vmlinuz-*")]
+    if not found:
+        raise TestbedError(f"no kernel in {CACHE / 'kernels'}; run `./dev setup`")
+    return max(found, key=lambda path: [int(n) for n in path.name.split("-")[0].split(".")])
+
+
+def module_directory(kernel: Path) -> Path:
+    """Its modules, with modprobe's tables, which a package that was only unpacked lacks."""
+    directory = next((kernel / "lib" / "modules").iterdir())
+    if not (directory / "modules.dep.bin").exists():
+        subprocess.run([program("depmod"), "-b", str(kernel), directory.name], check=True)
+    return directory
+
+
+def module_files(directory: Path) -> list[Path]:
+    """What the initramfs must load, each after those it needs (modules.dep lists them in that order)."""
+    needs: dict[str, list[str]] = {}
+    for line in (directory / "modules.dep").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        needs[Path(name).name.split(".")[0].replace("-", "_")] = [*reversed(rest.split()), name]
+    files = [file for name in BOOT_MODULES for file in needs[name]]
+    return [directory / file for file in dict.fromkeys(files)]
+
+
+def cpio_entry(name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> bytes:
+    """The `newc` format (Documentation/driver-api/early-userspace/buffer-format.rst)."""
+    path = name.encode() + b"\0"
+    fields = (0, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(path), 0)
+    head = b"070701" + b"".join(b"%08X" % field for field in fields) + path
+    return head + b"\0" * (-len(head) % 4) + data + b"\0" * (-len(data) % 4)
+
+
+def build_initramfs(directory: Path) -> Path:
+    """Compiled and packed once, kept under the hash of all that went in."""
+    source = TOP / "tools" / "testbed_init.c"
+    modules = module_files(directory)
+    digest = hashlib.sha256(source.read_bytes() + "\n".join(map(str, modules)).encode())
+    target = CACHE / "testbed" / f"initramfs-{digest.hexdigest()[:16]}.cpio"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            init = Path(scratch, "init")
+            command = [program("gcc", "cc"), "-O1", "-Wall", "-static", "-o", str(init), str(source)]
+            subprocess.run(command, check=True)
+            packed = Path(scratch, "packed")
+            packed.write_bytes(pack(init, modules))
+            packed.rename(target)
+    return target
+
+
+def pack(init: Path, modules: list[Path]) -> bytes:
+    parts = [cpio_entry(name, 0o040755) for name in ("dev", "lower", "rw", "root", "modules")]
+    parts.append(cpio_entry("dev/console", 0o020600, device=(5, 1)))
+    parts.append(cpio_entry("init", 0o100755, init.read_bytes()))
+    parts += [cpio_entry(f"modules/{m.name}", 0o100644, m.read_bytes()) for m in modules]
+    names = "".join(f"/modules/{module.name}\n" for module in modules)
+    parts.append(cpio_entry("modules/list", 0o100644, names.encode()))
+    parts.append(cpio_entry("TRAILER!!!", 0))
+    return b"".join(parts)
+
+
+# --- The processes -----------------------------------------------------------------------------------
+
+READ_ONLY = """
+mount --make-rprivate /
+while read -r _ _ _ _ target options _; do
+  case ,$options, in
+    *,ro,*) ;;
+    *) mount -o "remount,bind,ro,$(echo "$options" | tr , '\\n' | grep -E '^(nosuid|nodev|noexec)$' |
+         tr '\\n' ,)" "$(printf '%b' "$target")" 2>/dev/null ;;
+  esac
+done </proc/self/mountinfo
+exec "$@"
+"""
+"""Every mount of a private name space made read-only: the guest's root cannot write the host's."""
+
+
+def dying_with_us(command: list[str]) -> list[str]:
+    return [program("setpriv"), "--pdeathsig", "KILL", "--", *command]
+
+
+class Server:
+    """One boot: virtiofsd, QEMU, and our ends of the sockets."""
+
+    def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.ports: dict[str, socket.socket] = {}
+        self.console = b""
+        self.options = options
+        self.kernel = newest_kernel()
+        self.modules = module_directory(self.kernel)
+        self.initramfs = build_initramfs(self.modules)
+        self.log = (scratch / "log").open("ab")
+        self.root_socket = str(scratch / "root.sock")
+        self._start_virtiofsd()
+        self._start_qemu()
+
+    def _start(self, command: list[str], fds: tuple[int, ...]) -> None:
+        self.processes.append(
+            subprocess.Popen(
+                dying_with_us(command),
+                stdin=subprocess.DEVNULL,
+                stdout=self.log,
+                stderr=self.log,
+                pass_fds=fds,
+                start_new_session=True,  # a terminal's Ctrl-C is ours to handle
+            )
+        )
+
+    def _start_virtiofsd(self) -> None:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(self.root_socket)
+            listener.listen(1)
+            os.set_inheritable(listener.fileno(), True)
+            daemon = program("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd", "virtiofsd")
+            arguments = ["-f", f"--fd={listener.fileno()}", "-o", "source=/", "-o", "cache=always"]
+            arguments += ["-o", "sandbox=chroot", "-o", "xattr", "-o", "log_level=err"]
+            own = ["--mount"] if os.geteuid() == 0 else ["--mount", "--map-root-user"]
+            jail = [program("unshare"), *own, "--", "/bin/sh", "-c", READ_ONLY, "sh"]
+            self._start([*jail, daemon, *arguments], (listener.fileno(),))
+
+    def _start_qemu(self) -> None:
+        inherited: list[socket.socket] = []
+        arguments = self._machine()
+        for name in ("console", *PORTS):
+            ours, theirs = socket.socketpair()
+            self.ports[name] = ours
+            inherited.append(theirs)
+            arguments += ["-chardev", f"socket,id={name},fd={theirs.fileno()}"]
+            if name != "console":
+                arguments += ["-device", f"virtserialport,chardev={name},name=testbed.{name}"]
+        disk = os.memfd_create("nvme")
+        os.truncate(disk, 1 << 30)
+        arguments += ["-drive", f"file=/proc/self/fd/{disk},if=none,id=nvme,format=raw"]
+        arguments += ["-device", "nvme,drive=nvme,serial=testbed"]
+        fds = tuple(sock.fileno() for sock in inherited)
+        self._start([program("qemu-system-x86_64"), *arguments], (*fds, disk))
+        os.close(disk)
+        for sock in inherited:
+            sock.close()
+
+    def _machine(self) -> list[str]:
+        memory, python = self.options.memory, os.path.realpath(sys.executable)
+        append = (
+            "console=ttyS0 panic=-1 tsc=reliable clocksource=tsc intel_iommu=on cryptomgr.notests "
+            "mitigations=off no_timer_check random.trust_cpu=on "
+            f'-- "{python}" -IS "{TOP / "tools" / "testbed_guest.py"}"'
+        )
+        return [
+            *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+            *("-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max"),
+            *("-M", "q35,kernel-irqchip=split,memory-backend=ram"),
+            *("-smp", str(self.options.smp), "-m", memory),
+            *("-object", f"memory-backend-memfd,id=ram,size={memory},share=on"),
+            *("-device", "intel-iommu,intremap=on,caching-mode=on"),
+            *("-kernel", str(next((self.kernel / "boot").glob("vmlinuz-*")))),
+            *("-initrd", str(self.initramfs), "-append", append),
+            *("-chardev", f"socket,id=root,path={self.root_socket}"),
+            *("-device", "vhost-user-fs-pci,chardev=root,tag=root,queue-size=1024"),
+            *("-device", "virtio-serial-pci", "-serial", "chardev:console"),
+            *("-netdev", "hubport,id=spare,hubid=0", "-device", "e1000e,netdev=spare"),
+        ]
+
+    @property
+    def ended(self) -> bool:
+        return any(process.poll() is not None for process in self.processes)
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+        for sock in self.ports.values():
+            sock.close()
+        self.log.close()
+
+
+# --- The conversation --------------------------------------------------------------------------------
+
+
+class Session:
+    """Boot, hand over the command, carry the streams, and learn how it ended."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.lines = b""
+        self.selector = selectors.DefaultSelector()
+        for name in ("console", "control"):
+            self.selector.register(server.ports[name], selectors.EVENT_READ, name)
+
+    def send(self, message: dict[str, object]) -> None:
+        with contextlib.suppress(OSError):
+            self.server.ports["control"].sendall(json.dumps(message).encode() + b"\n")
+
+    def expect(self, key: str) -> None:
+        """Wait for a step of the boot, watching that something goes on."""
+        deadline = time.monotonic() + STALL
+        while True:
+            for message in self._poll(max(0.0, deadline - time.monotonic())):
+                if key in message:
+                    return
+            if self.server.ended:
+                raise TestbedError("the emulated server ended while booting")
+            if time.monotonic() > deadline:
+                raise Stalled(f"no progress for {STALL:.0f} s while booting")
+            if self.progress:
+                deadline = time.monotonic() + STALL
+
+    def _poll(self, timeout: float | None) -> Iterator[dict[str, object]]:
+        self.progress = False
+        for key, _ in self.selector.select(timeout):
+            data = key.fileobj.recv(65536)  # type: ignore[union-attr]
+            self.progress = True
+            if not data:
+                self.selector.unregister(key.fileobj)
+            elif key.data == "console":
+                self.server.console = (self.server.console + data)[-65536:]
+                if self.server.options.console:
+                    os.write(2, data)
+            else:
+                self.lines += data
+        *whole, self.lines = self.lines.split(b"\n")
+        yield from (json.loads(line) for line in whole)
+
+    def boot(self) -> None:
+        options = self.server.options
+        self.expect("hello")
+        self.send(
+            {
+                "argv": options.command,
+                "cwd": os.getcwd(),
+                "env": environment(),
+                "tty": window_size() if options.tty else None,
+                "npt": str(options.npt),
+                "modules": str(self.server.modules),
+                "visible": [str(TOP), os.getcwd(), str(CACHE), *options.share],
+            }
+        )
+        self.expect("ready")
+
+    def run(self) -> int:
+        """Carry the streams until the exit line, and then to the last byte that it counts."""
+        outputs = [Output(self.server.ports["stdout"], 1), Output(self.server.ports["stderr"], 2)]
+        threading.Thread(target=self._feed, daemon=True).start()
+        while True:
+            for message in self._poll(1.0):
+                if "exit" in message:
+                    for output, name in zip(outputs, ("stdout", "stderr"), strict=True):
+                        output.wait_for(int(str(message[name])))
+                    return int(str(message["exit"]))
+            if self.server.ended:
+                raise TestbedError("the emulated server ended before the command did")
+
+    def _feed(self) -> None:
+        """Our standard input to the guest. A half-closed socket is the guest's end of file: QEMU reads
+        what is there first, which a closed one (HUP) does not promise."""
+        port = self.server.ports["stdin"]
+        with contextlib.suppress(OSError):
+            while data := os.read(0, 65536):
+                port.sendall(data)
+        with contextlib.suppress(OSError):
+            port.shutdown(socket.SHUT_WR)
+
+
+class Output(threading.Thread):
+    """One output port to one file descriptor; it counts, so that the end is known to be the end."""
+
+    def __init__(self, port: socket.socket, fd: int) -> None:
+        super().__init__(daemon=True)
+        self.port, self.fd, self.count = port, fd, 0
+        self.more = threading.Condition()
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            while data := self.port.recv(65536):
+                self._write(data)
+                with self.more:
+                    self.count += len(data)
+                    self.more.notify()
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[os.write(self.fd, view) :]
+            except BrokenPipeError:
+                return  # nobody reads any more; the command's own end decides
+
+    def wait_for(self, count: int) -> None:
+        with self.more:
+            self.more.wait_for(lambda: self.count >= count, timeout=30)
+
+
+def environment() -> dict[str, str]:
+    """The caller's, without what points at things that are not in there."""
+    absent = ("XDG_RUNTIME_DIR", "DISPLAY", "WAYLAND_DISPLAY", "DBUS_SESSION_BUS_ADDRESS")
+    inherited = {key: value for key, value in os.environ.items() if key not in absent}
+    return {**inherited, "HOSTEL_TESTBED": "1"}
+
+
+def window_size() -> tuple[int, int]:
+    rows, columns, _, _ = struct.unpack("HHHH", fcntl.ioctl(0, termios.TIOCGWINSZ, b"\0" * 8))
+    return rows, columns
+
+
+@contextlib.contextmanager
+def terminal(session: Session, wanted: bool) -> Iterator[None]:
+    """The caller's terminal made transparent, its size followed, and restored on every way out."""
+    if not wanted:
+        yield
+        return
+    before = termios.tcgetattr(0)
+    signal.signal(signal.SIGWINCH, lambda *_: session.send({"resize": window_size()}))
+    try:
+        tty.setraw(0)
+        yield
+    finally:
+        termios.tcsetattr(0, termios.TCSADRAIN, before)
+
+
+def pass_signals(session: Session) -> None:
+    """The first signal goes to the command; a second one of the same kind ends the testbed."""
+    seen: set[int] = set()
+
+    def handle(number: int, _frame: object) -> None:
+        if number in seen:
+            raise SystemExit(128 + number)
+        seen.add(number)
+        session.send({"signal": number})
+
+    for number in SIGNALS:
+        signal.signal(number, handle)
+
+
+def end_at_once(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def attempt(options: argparse.Namespace) -> int:
+    for number in SIGNALS:
+        signal.signal(number, end_at_once)
+    with tempfile.TemporaryDirectory(prefix="hostel-testbed-") as scratch:
+        server = Server(options, Path(scratch))
+        try:
+            session = Session(server)
+            started = time.monotonic()
+            session.boot()
+            if options.verbose:
+                say(f"up after {time.monotonic() - started:.1f} s")
+            pass_signals(session)
+            with terminal(session, options.tty):
+                return session.run()
+        except TestbedError as error:
+            tail = server.console.decode(errors="replace").splitlines()[-15:]
+            log = Path(scratch, "log").read_text(errors="replace").splitlines()[-5:]
+            for line in (*tail, *log):
+                say(f"| {line}")
+            raise error
+        finally:
+            server.stop()
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="./dev testbed", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--smp", type=int, default=2, help="CPUs (default: 2)")
+    parser.add_argument("--npt", type=int, choices=(0, 1), default=1, help="nested paging (default: 1)")
+    parser.add_argument("--memory", default="4G", help="memory (default: 4G)")
+    parser.add_argument("--share", action="append", default=[], help="keep DIR, in /tmp, visible")
+    parser.add_argument("--console", action="store_true", help="show the boot on standard error")
+    parser.add_argument("--verbose", action="store_true", help="say how long the boot took")
+    parser.add_argument(
+        "command", nargs=argparse.REMAINDER, metavar="CMD", help="default: a shell on the terminal"
+    )
+    options = parser.parse_args(arguments)
+    if options.command[:1] == ["--"]:
+        del options.command[0]
+    options.tty = os.isatty(0) and os.isatty(1)
+    if not options.command:
+        if not options.tty:
+            parser.error("no command, and no terminal for a shell")
+        options.command = [os.environ.get("SHELL", "/bin/bash")]
+    return options
+
+
+def main() -> int:
+    options = parse(sys.argv[1:])
+    for number in range(1, ATTEMPTS + 1):
+        try:
+            return attempt(options)
+        except Stalled as error:
+            say(f"{error}; attempt {number} of {ATTEMPTS}")
+        except TestbedError as error:
+            say(str(error))
+            return OWN_FAILURE
+    say("gave up")
+    return OWN_FAILURE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
