@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -66,12 +67,24 @@ def test_call_soon_runs_in_order_on_the_loop(loop: EventLoop) -> None:
     assert seen == [(n, "hostel-loop") for n in range(100)]
 
 
+def test_call_later_keeps_time_and_order(loop: EventLoop) -> None:
+    seen: list[tuple[str, float]] = []
+    done, start = threading.Event(), time.monotonic()
+    loop.call_later(0.1, lambda: seen.append(("late", time.monotonic())))
+    loop.call_later(0.1, done.set)
+    loop.call_later(0.02, lambda: seen.append(("early", time.monotonic())))
+    assert done.wait(5)
+    assert [name for name, _ in seen] == ["early", "late"]
+    assert seen[0][1] - start >= 0.02
+    assert seen[1][1] - start >= 0.1
+
+
 def test_error_is_reported_and_the_loop_goes_on(loop: EventLoop, errors: list[Exception]) -> None:
-    loop.call_soon(lambda: {}["missing"])
+    loop.call_soon(lambda: [1].remove(2))
     ran = threading.Event()
     loop.call_soon(ran.set)
     assert ran.wait(5)
-    assert [type(error) for error in errors] == [KeyError]
+    assert [type(error) for error in errors] == [ValueError]
 
 
 def test_callback_may_remove_another_in_the_same_round(loop: EventLoop) -> None:

@@ -5,16 +5,19 @@ after another, so a callback must not block: file descriptors are non-blocking, 
 belongs in a thread of its own.
 
 Interest is level-triggered: a callback that leaves data unread is called again. ``add``, ``modify``,
-``remove`` and ``call_soon`` may be called from any thread; ``remove`` from another thread does not
-wait for a callback that is running (``run_sync`` does).
+``remove``, ``call_soon`` and ``call_later`` may be called from any thread; ``remove`` from another
+thread does not wait for a callback that is running (``run_sync`` does).
 """
 
 from __future__ import annotations
 
 import contextlib
+import heapq
+import itertools
 import os
 import select
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -29,6 +32,8 @@ class EventLoop:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callback] = {}
         self._soon: deque[Callback] = deque()
+        self._later: list[tuple[float, int, Callback]] = []
+        self._order = itertools.count()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake, select.EPOLLIN)
         self._running = False
@@ -75,6 +80,11 @@ class EventLoop:
             if not self._closed:
                 os.eventfd_write(self._wake, 1)
 
+    def call_later(self, delay: float, callback: Callback) -> None:
+        """Run ``callback()`` on the loop's thread after ``delay`` seconds. From any thread."""
+        entry = (time.monotonic() + delay, next(self._order), callback)
+        self.call_soon(lambda: heapq.heappush(self._later, entry))
+
     def run_sync(self, callback: Callback) -> None:
         """Run ``callback()`` between two others and return when it has run.
 
@@ -99,13 +109,21 @@ class EventLoop:
 
     def _run(self) -> None:
         while self._running:
-            for fd, _ in self._epoll.poll():
+            self._run_due()
+            for fd, _ in self._epoll.poll(self._patience()):
                 if fd == self._wake:
                     self._run_soon()
                 elif callback := self._callbacks.get(fd):  # an earlier one may have removed it
                     self._call(callback)
                 if not self._running:
                     break
+
+    def _patience(self) -> float | None:
+        return max(self._later[0][0] - time.monotonic(), 0) if self._later else None
+
+    def _run_due(self) -> None:
+        while self._later and self._later[0][0] <= time.monotonic():
+            self._call(heapq.heappop(self._later)[2])
 
     def _run_soon(self) -> None:
         with contextlib.suppress(BlockingIOError):
