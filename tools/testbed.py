@@ -20,27 +20,30 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import selectors
-import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import termios
 import threading
 import time
 import tty
 from collections.abc import Iterator
-from pathlib import Path
 
-TOP = Path(__file__).resolve().parent.parent
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hostel"
-BOOT_MODULES = ("virtio_pci", "virtio_console", "virtiofs", "overlay")
+from testbed_parts import (
+    CACHE,
+    TOP,
+    TestbedError,
+    build_initramfs,
+    module_directory,
+    newest_kernel,
+    program,
+)
+
 PORTS = ("control", "stdin", "stdout", "stderr")
 STALL = 45.0
 """Seconds without a byte on the console, or a step of the guest's runner, that end a boot."""
@@ -49,89 +52,12 @@ OWN_FAILURE = 125
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
-class TestbedError(Exception):
-    """One line for the user: what is wrong, and what to do."""
-
-
 class Stalled(TestbedError):
     """A boot that stopped making progress; worth another try."""
 
 
 def say(text: str) -> None:
     print(f"testbed: {text}", file=sys.stderr, flush=True)
-
-
-# --- What it is made of: kernel, modules, initramfs ------------------------------------------------
-
-
-def program(*names: str) -> str:
-    for name in names:
-        if found := shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"):
-            return found
-    raise TestbedError(f"{names[-1]}: not found; run `./dev setup`")
-
-
-def newest_kernel() -> Path:
-    """The directory of one unpacked kernel package: boot/vmlinuz-*, lib/modules/*."""
-    found = [path.parent.parent for path in (CACHE / "kernels").glob("*/boot/vmlinuz-*")]
-    if not found:
-        raise TestbedError(f"no kernel in {CACHE / 'kernels'}; run `./dev setup`")
-    return max(found, key=lambda path: [int(n) for n in path.name.split("-")[0].split(".")])
-
-
-def module_directory(kernel: Path) -> Path:
-    """Its modules, with modprobe's tables, which a package that was only unpacked lacks."""
-    directory = next((kernel / "lib" / "modules").iterdir())
-    if not (directory / "modules.dep.bin").exists():
-        subprocess.run([program("depmod"), "-b", str(kernel), directory.name], check=True)
-    return directory
-
-
-def module_files(directory: Path) -> list[Path]:
-    """What the initramfs must load, each after those it needs (modules.dep lists them in that order)."""
-    needs: dict[str, list[str]] = {}
-    for line in (directory / "modules.dep").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        needs[Path(name).name.split(".")[0].replace("-", "_")] = [*reversed(rest.split()), name]
-    files = [file for name in BOOT_MODULES for file in needs[name]]
-    return [directory / file for file in dict.fromkeys(files)]
-
-
-def cpio_entry(name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> bytes:
-    """The `newc` format (Documentation/driver-api/early-userspace/buffer-format.rst)."""
-    path = name.encode() + b"\0"
-    fields = (0, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(path), 0)
-    head = b"070701" + b"".join(b"%08X" % field for field in fields) + path
-    return head + b"\0" * (-len(head) % 4) + data + b"\0" * (-len(data) % 4)
-
-
-def build_initramfs(directory: Path) -> Path:
-    """Compiled and packed once, kept under the hash of all that went in."""
-    source = TOP / "tools" / "testbed_init.c"
-    modules = module_files(directory)
-    digest = hashlib.sha256(source.read_bytes() + "\n".join(map(str, modules)).encode())
-    target = CACHE / "testbed" / f"initramfs-{digest.hexdigest()[:16]}.cpio"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            init = Path(scratch, "init")
-            command = [program("gcc", "cc"), "-O1", "-Wall", "-static", "-o", str(init), str(source)]
-            subprocess.run(command, check=True)
-            packed = Path(scratch, "packed")
-            packed.write_bytes(pack(init, modules))
-            packed.rename(target)
-    return target
-
-
-def pack(init: Path, modules: list[Path]) -> bytes:
-    parts = [cpio_entry(name, 0o040755) for name in ("dev", "lower", "rw", "root", "modules")]
-    parts.append(cpio_entry("dev/console", 0o020600, device=(5, 1)))
-    parts.append(cpio_entry("init", 0o100755, init.read_bytes()))
-    parts += [cpio_entry(f"modules/{m.name}", 0o100644, m.read_bytes()) for m in modules]
-    names = "".join(f"/modules/{module.name}\n" for module in modules)
-    parts.append(cpio_entry("modules/list", 0o100644, names.encode()))
-    parts.append(cpio_entry("TRAILER!!!", 0))
-    return b"".join(parts)
 
 
 # --- The processes -----------------------------------------------------------------------------------
@@ -157,7 +83,7 @@ def dying_with_us(command: list[str]) -> list[str]:
 class Server:
     """One boot: virtiofsd, QEMU, and our ends of the sockets."""
 
-    def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.ports: dict[str, socket.socket] = {}
         self.console = b""
@@ -165,10 +91,8 @@ class Server:
         self.kernel = newest_kernel()
         self.modules = module_directory(self.kernel)
         self.initramfs = build_initramfs(self.modules)
-        self.log = (scratch / "log").open("ab")
-        self.root_socket = str(scratch / "root.sock")
-        self._start_virtiofsd()
-        self._start_qemu()
+        self.log = os.memfd_create("testbed-log")
+        self._start_qemu(self._start_virtiofsd())
 
     def _start(self, command: list[str], fds: tuple[int, ...]) -> None:
         self.processes.append(
@@ -182,21 +106,26 @@ class Server:
             )
         )
 
-    def _start_virtiofsd(self) -> None:
+    def _start_virtiofsd(self) -> socket.socket:
+        """Returns QEMU's end. The listener has an abstract address: no file to leave behind."""
+        client = socket.socket(socket.AF_UNIX)
         with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(self.root_socket)
+            listener.bind("")
             listener.listen(1)
-            os.set_inheritable(listener.fileno(), True)
+            client.connect(listener.getsockname())
             daemon = program("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd", "virtiofsd")
             arguments = ["-f", f"--fd={listener.fileno()}", "-o", "source=/", "-o", "cache=always"]
             arguments += ["-o", "sandbox=chroot", "-o", "xattr", "-o", "log_level=err"]
             own = ["--mount"] if os.geteuid() == 0 else ["--mount", "--map-root-user"]
             jail = [program("unshare"), *own, "--", "/bin/sh", "-c", READ_ONLY, "sh"]
             self._start([*jail, daemon, *arguments], (listener.fileno(),))
+        return client
 
-    def _start_qemu(self) -> None:
-        inherited: list[socket.socket] = []
+    def _start_qemu(self, root: socket.socket) -> None:
+        inherited = [root]
         arguments = self._machine()
+        arguments += ["-chardev", f"socket,id=root,fd={root.fileno()}"]
+        arguments += ["-device", "vhost-user-fs-pci,chardev=root,tag=root,queue-size=1024"]
         for name in ("console", *PORTS):
             ours, theirs = socket.socketpair()
             self.ports[name] = ours
@@ -230,10 +159,8 @@ class Server:
             *("-device", "intel-iommu,intremap=on,caching-mode=on"),
             *("-kernel", str(next((self.kernel / "boot").glob("vmlinuz-*")))),
             *("-initrd", str(self.initramfs), "-append", append),
-            *("-chardev", f"socket,id=root,path={self.root_socket}"),
-            *("-device", "vhost-user-fs-pci,chardev=root,tag=root,queue-size=1024"),
             *("-device", "virtio-serial-pci", "-serial", "chardev:console"),
-            *("-netdev", "hubport,id=spare,hubid=0", "-device", "e1000e,netdev=spare"),
+            *("-netdev", "hubport,id=spare,hubid=0", "-device", "e1000e,netdev=spare,romfile="),
         ]
 
     @property
@@ -247,7 +174,12 @@ class Server:
             process.wait()
         for sock in self.ports.values():
             sock.close()
-        self.log.close()
+        os.close(self.log)
+
+    def last_words(self) -> list[str]:
+        """The end of the console, and what the processes said: the reason, when a boot fails."""
+        log = os.pread(self.log, 65536, 0).decode(errors="replace").splitlines()
+        return [*self.console.decode(errors="replace").splitlines()[-15:], *log[-5:]]
 
 
 # --- The conversation --------------------------------------------------------------------------------
@@ -415,31 +347,32 @@ def end_at_once(number: int, _frame: object) -> None:
 def attempt(options: argparse.Namespace) -> int:
     for number in SIGNALS:
         signal.signal(number, end_at_once)
-    with tempfile.TemporaryDirectory(prefix="hostel-testbed-") as scratch:
-        server = Server(options, Path(scratch))
-        try:
-            session = Session(server)
-            started = time.monotonic()
-            session.boot()
-            if options.verbose:
-                say(f"up after {time.monotonic() - started:.1f} s")
-            pass_signals(session)
-            with terminal(session, options.tty):
-                return session.run()
-        except TestbedError as error:
-            tail = server.console.decode(errors="replace").splitlines()[-15:]
-            log = Path(scratch, "log").read_text(errors="replace").splitlines()[-5:]
-            for line in (*tail, *log):
-                say(f"| {line}")
-            raise error
-        finally:
-            server.stop()
+    server = Server(options)
+    try:
+        session = Session(server)
+        started = time.monotonic()
+        session.boot()
+        if options.verbose:
+            say(f"up after {time.monotonic() - started:.1f} s")
+        pass_signals(session)
+        with terminal(session, options.tty):
+            return session.run()
+    except TestbedError:
+        for line in server.last_words():
+            say(f"| {line}")
+        raise
+    finally:
+        server.stop()
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="./dev testbed", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="./dev testbed", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--smp", type=int, default=2, help="CPUs (default: 2)")
-    parser.add_argument("--npt", type=int, choices=(0, 1), default=1, help="nested paging (default: 1)")
+    parser.add_argument(
+        "--npt", type=int, choices=(0, 1), default=1, help="nested paging (default: 1)"
+    )
     parser.add_argument("--memory", default="4G", help="memory (default: 4G)")
     parser.add_argument("--share", action="append", default=[], help="keep DIR, in /tmp, visible")
     parser.add_argument("--console", action="store_true", help="show the boot on standard error")

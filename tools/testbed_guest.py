@@ -10,6 +10,7 @@ root that is the host's. Four virtio-serial ports lead back to testbed.py:
 Rule: standard library only, and no import that a slow emulated CPU would feel.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -23,9 +24,20 @@ import time
 
 PORTS = "/sys/class/virtio-ports"
 MODULES = (
-    "kvm_amd vhost_net vhost_vsock vsock tun tap bridge veth macvtap loop ext4 nvme vfio_pci "
-    "vfio_iommu_type1 nf_tables nft_chain_nat nft_masq nft_ct nft_compat virtio_net e1000e"
-).split()
+    *(
+        "kvm_amd",
+        "vhost_net",
+        "vhost_vsock",
+        "tun",
+        "tap",
+        "macvtap",
+        "bridge",
+        "veth",
+        "virtio_net",
+    ),
+    *("vfio_pci", "vfio_iommu_type1", "nvme", "loop", "ext4"),
+    *("nf_tables", "nft_chain_nat", "nft_masq", "nft_ct", "nft_compat"),
+)
 GRACE = 2.0
 """Seconds that output may still come after the command's end, from children it left behind."""
 
@@ -166,8 +178,8 @@ class Command:
                     signal.signal(number, signal.SIG_DFL)
             os.chdir(request["cwd"])
             os.execvpe(request["argv"][0], request["argv"], request["env"])
-        except FileNotFoundError as error:
-            os.write(2, f"testbed: {error.filename or request['argv'][0]}: not found\n".encode())
+        except FileNotFoundError:
+            os.write(2, f"testbed: {request['argv'][0]}: not found\n".encode())
             os._exit(127)
         except OSError as error:
             os.write(2, f"testbed: {request['argv'][0]}: {error.strerror}\n".encode())
@@ -191,10 +203,8 @@ class Command:
 
     def signal(self, number: int) -> None:
         """To the whole group: what a terminal would do with Ctrl-C."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, number)
-        except ProcessLookupError:
-            pass
 
     def wait(self) -> int:
         """Reap everybody (this is PID 1) until the command itself has ended."""
