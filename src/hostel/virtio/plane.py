@@ -1,0 +1,195 @@
+"""The Python data plane: a device whose queues are served here, on the event loop.
+
+::
+
+    guest's kick ─► eventfd ─► event loop ─► _kicked ─► serve(queue): for chain in queue.chains() …
+                                                                      queue.push, queue.interrupt
+
+Rules:
+
+* ``lock`` is held while a queue is served, and by ``activate`` and ``reset``. A callback that comes
+  late finds its queue gone from ``queues`` and does nothing: so when ``reset`` has returned nobody
+  touches guest memory. Nothing is called with it held that takes another thread's lock.
+* No callback runs long: after ``BATCH`` chains a queue kicks itself and lets the others run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from hostel.errors import HostelError, MemoryFault, QueueError
+from hostel.memory import GuestMemory
+from hostel.vmm.loop import EventLoop
+
+from .device import QueueWiring, VirtioDevice
+from .queue import Chain, Queue
+
+BATCH = 64
+
+
+class ServedQueue:
+    """A virtqueue with its two eventfds."""
+
+    def __init__(self, queue: Queue, wiring: QueueWiring) -> None:
+        self.index = wiring.index
+        self.kick = wiring.kick
+        self.kicks = 0
+        self.interrupts = 0
+        self._queue = queue
+        self._call = wiring.call
+        self.push = queue.push
+        self.pop = queue.pop
+        self.unpop = queue.unpop
+
+    def chains(self) -> Iterator[Chain]:
+        """All that is there, up to ``BATCH``; whoever stops early has to ``stall``."""
+        queue = self._queue
+        queue.disable_notifications()
+        for _ in range(BATCH):
+            chain = queue.pop()
+            if chain is None and queue.enable_notifications():
+                chain = queue.pop()
+            if chain is None:
+                return
+            yield chain
+        self.kick_self()
+
+    def enable_notifications(self) -> bool:
+        return self._queue.enable_notifications()
+
+    def kick_self(self) -> None:
+        """Serve this queue again, after the others."""
+        os.eventfd_write(self.kick, 1)
+
+    def drain(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.kick)
+            self.kicks += 1
+
+    def interrupt(self) -> None:
+        """After a batch of ``push``: tell the driver, if it wants to know."""
+        if self._queue.needs_interrupt():
+            self.interrupts += 1
+            os.eventfd_write(self._call, 1)
+
+    @property
+    def position(self) -> tuple[int, int]:
+        return self._queue.position
+
+    def close(self) -> None:
+        self._queue.close()
+
+    def statistics(self) -> dict[str, int]:
+        return {
+            "kicks": self.kicks,
+            "interrupts": self.interrupts,
+            "chains": self._queue.next_used,
+        }
+
+
+class QueueDevice(VirtioDevice):
+    """Base of the devices with a Python data plane."""
+
+    def __init__(self, loop: EventLoop) -> None:
+        super().__init__()
+        self.loop = loop
+        self.lock = threading.RLock()
+        self.driver_features = 0
+        self.queues: dict[int, ServedQueue] = {}
+        self._positions: dict[int, tuple[int, int]] = {}
+
+    # -- for a device to fill in ----------------------------------------------------------------
+
+    def serve(self, queue: ServedQueue) -> None:
+        """The driver kicked ``queue``. On the event loop, with ``lock``; never blocks."""
+        raise NotImplementedError
+
+    def started(self) -> None:
+        """The queues are there. With ``lock``."""
+
+    def stopping(self) -> None:
+        """The queues are about to go: end all that uses them. With ``lock``."""
+
+    # -- life cycle -----------------------------------------------------------------------------
+
+    def activate(
+        self, memory: GuestMemory, features: int, queues: Sequence[QueueWiring]
+    ) -> None:
+        with self.lock:
+            self.driver_features = features
+            try:
+                for wiring in queues:
+                    self.queues[wiring.index] = self._make_queue(memory, wiring)
+            except QueueError:
+                self._stop()
+                raise
+            for served in self.queues.values():
+                self.loop.add(served.kick, partial(self._kicked, served))
+            self._positions = {}
+            self.started()
+            for served in self.queues.values():
+                served.kick_self()  # what was offered before we listened
+
+    def reset(self) -> None:
+        with self.lock:
+            self._stop()
+            self._positions = {}
+            self.fault = None
+
+    def close(self) -> None:
+        self.reset()
+
+    def save(self) -> dict[str, Any]:
+        with self.lock:
+            positions = [[index, *queue.position] for index, queue in self.queues.items()]
+            return {"queues": positions}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self._positions = {index: (avail, used) for index, avail, used in state["queues"]}
+
+    def statistics(self) -> dict[str, Any]:
+        with self.lock:
+            queues = {index: queue.statistics() for index, queue in self.queues.items()}
+        return {**super().statistics(), "queues": queues}
+
+    def guarded(self, work: Callable[[], None]) -> None:
+        """Run what touches the queues, with ``lock``; the guest's fault stops this device alone."""
+        try:
+            work()
+        except (QueueError, MemoryFault) as error:
+            self.broken(error)
+
+    def broken(self, error: HostelError) -> None:
+        self._stop()
+        self.fail(error)
+
+    def _make_queue(self, memory: GuestMemory, wiring: QueueWiring) -> ServedQueue:
+        queue = Queue(
+            memory,
+            wiring.size,
+            desc=wiring.desc,
+            avail=wiring.avail,
+            used=wiring.used,
+            features=self.driver_features,
+            position=self._positions.get(wiring.index, (0, 0)),
+        )
+        return ServedQueue(queue, wiring)
+
+    def _kicked(self, served: ServedQueue) -> None:
+        with self.lock:
+            if self.queues.get(served.index) is served:
+                served.drain()
+                self.guarded(partial(self.serve, served))
+
+    def _stop(self) -> None:
+        if self.queues:
+            self.stopping()
+        for served in self.queues.values():
+            self.loop.remove(served.kick)
+            served.close()
+        self.queues = {}

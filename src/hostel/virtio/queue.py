@@ -1,0 +1,277 @@
+"""The device's side of a split virtqueue (virtio 1.2 §2.7).
+
+::
+
+    driver ── avail ring: heads of descriptor chains ──► pop()  ──► Chain(readable, writable)
+    driver ◄─ used ring: head, bytes written ─────────── push()
+
+Rules:
+
+* It knows nothing of notification. ``enable_notifications`` and ``needs_interrupt`` say what to do;
+  who holds the eventfds does it.
+* Everything in the rings is the guest's word and may change while we look: each descriptor is read
+  once, checked, and only the checked copy is used. Whatever is wrong is a ``VirtqueueError`` that
+  names its ``Fault``; nothing else is ever raised, and no byte outside guest memory is touched.
+* One thread at a time.
+
+Memory order. The host is x86, and loads stay in order with loads, stores with stores (SDM vol. 3A
+§9.2.2): ``avail.idx`` is read before the ring entry it covers (§2.7.13.3), a used entry is stored
+before ``used.idx``, and CPython performs each as one load or store, in program order. Only a store
+followed by a load of another address may swap, and there are exactly two such pairs: *tell the driver
+to notify, then look for what it added meanwhile* and *publish used.idx, then look whether the driver
+wants an interrupt*. Both take ``_fence``: an uncontended lock is a LOCK-prefixed instruction, which
+x86 never reorders anything around.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from enum import StrEnum
+
+from hostel.abi import virtio as abi
+from hostel.errors import MemoryFault, QueueError
+from hostel.memory import GuestMemory
+
+MAX_BUFFERS = 1024
+"""The most buffers of one chain: what one ``preadv`` takes (IOV_MAX)."""
+MAX_BYTES = 0xFFFF_FFFF
+"""A chain's length fits a used entry; §2.7.5 allows one byte more."""
+
+_CHAINED = abi.DESC_F_NEXT
+_WRITE = abi.DESC_F_WRITE
+_INDIRECT = abi.DESC_F_INDIRECT
+
+
+class Fault(StrEnum):
+    """What a driver can get wrong."""
+
+    SIZE_ZERO = "the queue size is 0"
+    SIZE_NOT_POWER_OF_TWO = "the queue size is not a power of two"
+    SIZE_TOO_LARGE = "the queue size is too large"
+    DESC_MISALIGNED = "the descriptor table is not aligned to 16 bytes"
+    AVAIL_MISALIGNED = "the available ring is not aligned to 2 bytes"
+    USED_MISALIGNED = "the used ring is not aligned to 4 bytes"
+    RING_OUTSIDE = "a ring lies outside guest memory"
+    INDEX_JUMP = "the available index jumped by more than the queue size"
+    HEAD_OUT_OF_RANGE = "the head of a chain is not in the descriptor table"
+    NEXT_OUT_OF_RANGE = "the next descriptor is not in the table"
+    LOOP = "the chain is a loop"
+    TOO_LONG = "the chain has too many buffers"
+    TOO_MANY_BYTES = "the chain is longer than 4 GiB"
+    ZERO_LENGTH = "a buffer has no bytes"
+    BUFFER_OUTSIDE = "a buffer lies outside guest memory"
+    READABLE_AFTER_WRITABLE = "a readable buffer follows a writable one"
+    INDIRECT_NOT_NEGOTIATED = "an indirect descriptor that was not negotiated"
+    INDIRECT_WITH_NEXT = "an indirect descriptor with a next one"
+    INDIRECT_IN_INDIRECT = "an indirect descriptor inside an indirect table"
+    INDIRECT_LENGTH = "an indirect table whose length is not a multiple of 16, or 0"
+    INDIRECT_TOO_LONG = "an indirect table with too many entries"
+    INDIRECT_OUTSIDE = "an indirect table lies outside guest memory"
+
+
+class VirtqueueError(QueueError):
+    """The driver broke the queue: the device needs a reset."""
+
+    def __init__(self, fault: Fault, detail: str) -> None:
+        super().__init__(f"{fault}: {detail}")
+        self.fault = fault
+
+
+class Chain:
+    """One request: buffers of the guest, those to read from first."""
+
+    __slots__ = ("head", "readable", "size", "writable")
+
+    def __init__(self, head: int) -> None:
+        self.head = head
+        self.size = 0
+        self.readable: list[memoryview] = []
+        self.writable: list[memoryview] = []
+
+
+def total(buffers: Sequence[memoryview]) -> int:
+    return sum(map(len, buffers))
+
+
+def take(buffers: Sequence[memoryview], size: int) -> tuple[list[memoryview], list[memoryview]]:
+    """Split after ``size`` bytes: a driver may cut a request as it likes (§2.7.4)."""
+    for at, buffer in enumerate(buffers):
+        if size < len(buffer):
+            head = [buffer[:size]] if size else []
+            return [*buffers[:at], *head], [buffer[size:], *buffers[at + 1 :]]
+        size -= len(buffer)
+    return list(buffers), []
+
+
+class Queue:
+    """``next_avail`` and ``next_used`` count without wrapping; the rings hold them modulo 65536."""
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        size: int,
+        *,
+        desc: int,
+        avail: int,
+        used: int,
+        features: int = 0,
+        position: tuple[int, int] = (0, 0),
+    ) -> None:
+        _check_geometry(size, desc, avail, used)
+        self.size = size
+        self.next_avail, self.next_used = position
+        self._memory = memory
+        self._mask = size - 1
+        self._indirect = bool(features >> abi.RING_F_INDIRECT_DESC & 1)
+        self._event_index = bool(features >> abi.RING_F_EVENT_IDX & 1)
+        try:
+            self._desc = memory.view(desc, abi.DESC.size * size)
+            # The flags, the index, the ring, and used_event behind it.
+            self._avail = memory.view(avail, 6 + 2 * size).cast("H")
+            # The flags, the index, pairs of id and length, and avail_event behind them.
+            self._used = memory.view(used, 6 + 8 * size)
+        except MemoryFault as error:
+            raise VirtqueueError(Fault.RING_OUTSIDE, error.message) from None
+        self._used_words = self._used.cast("H")
+        self._signalled = self.next_used
+        self._fence = threading.Lock()
+
+    def close(self) -> None:
+        """Let go of guest memory. A closed queue must not be used."""
+        for view in (self._used_words, self._used, self._avail, self._desc):
+            view.release()
+
+    # -- chains -------------------------------------------------------------------------------
+
+    def pop(self) -> Chain | None:
+        """The next chain, or ``None`` where the driver offers no more."""
+        waiting = (self._avail[1] - self.next_avail) & 0xFFFF
+        if not waiting:
+            return None
+        if waiting > self.size:
+            raise VirtqueueError(Fault.INDEX_JUMP, f"by {waiting}, size {self.size}")
+        head = self._avail[2 + (self.next_avail & self._mask)]
+        if head >= self.size:
+            raise VirtqueueError(Fault.HEAD_OUT_OF_RANGE, f"{head}, size {self.size}")
+        chain = Chain(head)
+        self._walk(chain, self._desc, self.size, head, direct=True)
+        self.next_avail += 1
+        return chain
+
+    def unpop(self, count: int = 1) -> None:
+        """Forget the last ``count`` pops: the same chains come again."""
+        self.next_avail -= count
+
+    def push(self, chain: Chain, written: int) -> None:
+        """Give a chain back; ``written`` bytes of its writable buffers are new, from the first on."""
+        slot = abi.RING_HEADER_SIZE + abi.USED_ELEM.size * (self.next_used & self._mask)
+        abi.USED_ELEM.pack_into(self._used, slot, chain.head, written)
+        self.next_used += 1
+        self._used_words[1] = self.next_used & 0xFFFF
+
+    def _walk(
+        self, chain: Chain, table: memoryview | bytes, entries: int, at: int, *, direct: bool
+    ) -> None:
+        for _ in range(entries):
+            address, length, flags, following = abi.DESC.unpack_from(table, abi.DESC.size * at)
+            if flags & _INDIRECT:
+                if not direct:
+                    raise VirtqueueError(Fault.INDIRECT_IN_INDIRECT, f"entry {at}")
+                self._walk_indirect(chain, address, length, flags)
+                return
+            self._add(chain, address, length, flags)
+            if not flags & _CHAINED:
+                return
+            if following >= entries:
+                raise VirtqueueError(Fault.NEXT_OUT_OF_RANGE, f"{following} of {entries}")
+            at = following
+        raise VirtqueueError(Fault.LOOP, f"head {chain.head}, {entries} entries")
+
+    def _walk_indirect(self, chain: Chain, address: int, length: int, flags: int) -> None:
+        """§2.7.5.3: the last descriptor of a chain may stand for a table of more."""
+        if not self._indirect:
+            raise VirtqueueError(Fault.INDIRECT_NOT_NEGOTIATED, f"head {chain.head}")
+        if flags & _CHAINED:
+            raise VirtqueueError(Fault.INDIRECT_WITH_NEXT, f"head {chain.head}")
+        entries, rest = divmod(length, abi.DESC.size)
+        if rest or not entries:
+            raise VirtqueueError(Fault.INDIRECT_LENGTH, f"{length} bytes")
+        if entries > MAX_BUFFERS:
+            raise VirtqueueError(Fault.INDIRECT_TOO_LONG, f"{entries}, at most {MAX_BUFFERS}")
+        try:
+            table = self._memory.read(address, length)
+        except MemoryFault as error:
+            raise VirtqueueError(Fault.INDIRECT_OUTSIDE, error.message) from None
+        self._walk(chain, table, entries, 0, direct=False)
+
+    def _add(self, chain: Chain, address: int, length: int, flags: int) -> None:
+        if not length:
+            raise VirtqueueError(Fault.ZERO_LENGTH, f"at {address:#x}")
+        try:
+            buffer = self._memory.view(address, length)
+        except MemoryFault as error:
+            raise VirtqueueError(Fault.BUFFER_OUTSIDE, error.message) from None
+        if flags & _WRITE:
+            chain.writable.append(buffer)
+        elif chain.writable:
+            raise VirtqueueError(Fault.READABLE_AFTER_WRITABLE, f"at {address:#x}")
+        else:
+            chain.readable.append(buffer)
+        chain.size += length
+        if chain.size > MAX_BYTES:
+            raise VirtqueueError(Fault.TOO_MANY_BYTES, f"head {chain.head}")
+        if len(chain.readable) + len(chain.writable) > MAX_BUFFERS:
+            raise VirtqueueError(Fault.TOO_LONG, f"more than {MAX_BUFFERS}")
+
+    # -- notification -------------------------------------------------------------------------
+
+    def disable_notifications(self) -> None:
+        """Kicks are not needed for now. A hint: the driver may kick all the same (§2.7.10).
+
+        With event index nothing has to be done: the driver kicks only when it passes the index
+        that ``enable_notifications`` left.
+        """
+        if not self._event_index:
+            self._used_words[0] = abi.USED_F_NO_NOTIFY
+
+    def enable_notifications(self) -> bool:
+        """Kick us for the next chain. ``True``: there is one already, and no kick will come for it."""
+        if self._event_index:
+            self._used_words[3 + 4 * self.size - 1] = self.next_avail & 0xFFFF
+        else:
+            self._used_words[0] = 0
+        with self._fence:
+            return self._avail[1] != self.next_avail & 0xFFFF
+
+    def needs_interrupt(self) -> bool:
+        """Ask after a batch of ``push``: does the driver want to hear of it (§2.7.7)?"""
+        before, self._signalled = self._signalled, self.next_used
+        if before == self.next_used:
+            return False
+        with self._fence:
+            if not self._event_index:
+                return not self._avail[0] & abi.AVAIL_F_NO_INTERRUPT
+            event = self._avail[2 + self.size]
+        return (self.next_used - event - 1) & 0xFFFF < self.next_used - before
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Where to go on, for ``position=``: the next available and the next used index."""
+        return self.next_avail & 0xFFFF, self.next_used & 0xFFFF
+
+
+def _check_geometry(size: int, desc: int, avail: int, used: int) -> None:
+    """§2.7: sizes and alignments."""
+    if size == 0:
+        raise VirtqueueError(Fault.SIZE_ZERO, "0")
+    if size > abi.QUEUE_SIZE_MAX:
+        raise VirtqueueError(Fault.SIZE_TOO_LARGE, f"{size}, at most {abi.QUEUE_SIZE_MAX}")
+    if size & (size - 1):
+        raise VirtqueueError(Fault.SIZE_NOT_POWER_OF_TWO, f"{size}")
+    if desc % abi.DESC_ALIGN:
+        raise VirtqueueError(Fault.DESC_MISALIGNED, f"{desc:#x}")
+    if avail % abi.AVAIL_ALIGN:
+        raise VirtqueueError(Fault.AVAIL_MISALIGNED, f"{avail:#x}")
+    if used % abi.USED_ALIGN:
+        raise VirtqueueError(Fault.USED_MISALIGNED, f"{used:#x}")

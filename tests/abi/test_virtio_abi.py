@@ -1,0 +1,88 @@
+"""The virtio and PCI layouts against the C headers, by a compiled probe."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from hostel.abi import pci, virtio
+from hostel.abi.record import Record
+
+HEADERS = (
+    "virtio_config virtio_ids virtio_ring virtio_pci virtio_mmio virtio_blk virtio_console virtio_fs pci_regs"
+)
+OURS_ALONE = {
+    # Not in a header: they come from the text of the specification (§4.1.2, §4.2.2, §2.7, §5.2).
+    "DESC_ALIGN",
+    "AVAIL_ALIGN",
+    "USED_ALIGN",
+    "QUEUE_SIZE_MAX",
+    "RING_HEADER_SIZE",
+    "PCI_VENDOR",
+    "PCI_DEVICE_BASE",
+    "MMIO_MAGIC",
+    "BLK_SECTOR",
+    "CONFIG_SIZE",
+    "FUNCTIONS",
+    "DEVICES",
+    "MSIX_ENTRY",
+}
+C_NAMES = {
+    "DESC_F_NEXT": "VRING_DESC_F_NEXT",
+    "DESC_F_WRITE": "VRING_DESC_F_WRITE",
+    "DESC_F_INDIRECT": "VRING_DESC_F_INDIRECT",
+    "AVAIL_F_NO_INTERRUPT": "VRING_AVAIL_F_NO_INTERRUPT",
+    "USED_F_NO_NOTIFY": "VRING_USED_F_NO_NOTIFY",
+    "CONSOLE_DEVICE_READY": "VIRTIO_CONSOLE_DEVICE_READY",
+}
+
+
+def numbers(module: ModuleType, prefix: str) -> Iterator[tuple[str, int]]:
+    for name, value in vars(module).items():
+        if name.isupper() and isinstance(value, int) and name not in OURS_ALONE:
+            yield C_NAMES.get(name, prefix + name), value
+
+
+def records() -> Iterator[Record]:
+    for name, value in vars(virtio).items():
+        if isinstance(value, Record) and name not in OURS_ALONE:
+            yield value
+
+
+@pytest.fixture(scope="module")
+def c_values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """Every expression below, as the C compiler sees it."""
+    names = [name for name, _ in (*numbers(virtio, "VIRTIO_"), *numbers(pci, "PCI_"))]
+    for record in records():
+        names.append(f"sizeof(struct {record.c_name})")
+        names += [f"offsetof(struct {record.c_name}, {field})" for field in record.offsets]
+    lines = [f"#include <linux/{header}.h>" for header in HEADERS.split()]
+    lines += ["#include <stddef.h>", "#include <stdio.h>", "int main(void) {"]
+    lines += [f'  printf("{name}=%llu\\n", (unsigned long long)({name}));' for name in names]
+    directory: Path = tmp_path_factory.mktemp("probe")
+    source = directory / "probe.c"
+    source.write_text("\n".join([*lines, "}"]))
+    try:
+        subprocess.run(["cc", "-o", directory / "probe", source], check=True)
+    except FileNotFoundError:
+        pytest.skip("no C compiler")
+    out = subprocess.run([directory / "probe"], check=True, capture_output=True, text=True).stdout
+    return {name: int(value) for name, _, value in (at.rpartition("=") for at in out.splitlines())}
+
+
+def test_constants(c_values: dict[str, int]) -> None:
+    ours = dict((*numbers(virtio, "VIRTIO_"), *numbers(pci, "PCI_")))
+    assert len(ours) > 100
+    assert ours == {name: c_values[name] for name in ours}
+
+
+@pytest.mark.parametrize("record", list(records()), ids=lambda record: record.c_name)
+def test_structures(c_values: dict[str, int], record: Record) -> None:
+    name = record.c_name
+    assert record.size == c_values[f"sizeof(struct {name})"]
+    for field, offset in record.offsets.items():
+        assert offset == c_values[f"offsetof(struct {name}, {field})"], field

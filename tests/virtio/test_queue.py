@@ -1,0 +1,362 @@
+"""The virtqueue from the driver's side: good chains, hostile ones, and the arithmetic of events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hostel.abi import virtio as abi
+from hostel.errors import QueueError
+from hostel.memory import GuestMemory
+from hostel.virtio.mock import DriverQueue
+from hostel.virtio.queue import Fault, Queue, VirtqueueError, take, total
+
+BASE = 0x1000
+NEXT, WRITE, INDIRECT = abi.DESC_F_NEXT, abi.DESC_F_WRITE, abi.DESC_F_INDIRECT
+
+
+@pytest.fixture(scope="module")
+def memory() -> Iterator[GuestMemory]:
+    with GuestMemory(4 << 20) as memory:
+        yield memory
+
+
+def pair(memory: GuestMemory, size: int = 16, **keywords: Any) -> tuple[DriverQueue, Queue]:
+    driver = DriverQueue(memory, BASE, size, **keywords)
+    return driver, device_queue(driver)
+
+
+def device_queue(driver: DriverQueue, **keywords: Any) -> Queue:
+    rings = {"desc": driver.desc, "avail": driver.avail, "used": driver.used}
+    keywords = {"features": driver.features, **rings, **keywords}
+    return Queue(driver.memory, driver.size, **keywords)
+
+
+@pytest.mark.parametrize("indirect", [False, True])
+def test_a_chain_goes_there_and_back(memory: GuestMemory, indirect: bool) -> None:
+    driver, queue = pair(memory)
+    head = driver.add([b"abc", b"defg"], [5, 3], indirect=indirect)
+    chain = queue.pop()
+    assert chain is not None
+    assert b"".join(chain.readable) == b"abcdefg"
+    assert [len(buffer) for buffer in chain.writable] == [5, 3]
+    assert queue.pop() is None
+    chain.writable[0][:] = b"hello"
+    chain.writable[1][:2] = b"!!"
+    queue.push(chain, 7)
+    (done,) = driver.completed()
+    assert (done.head, done.written, done.data) == (head, 7, b"hello!!")
+
+
+def test_the_indexes_wrap(memory: GuestMemory) -> None:
+    driver, queue = pair(memory, 4, event_index=True)
+    for turn in range(70_000):
+        driver.add([b"x"])
+        chain = queue.pop()
+        assert chain is not None
+        queue.push(chain, 0)
+        assert queue.needs_interrupt(), turn
+        assert len(driver.completed()) == 1
+    assert queue.position == (70_000 & 0xFFFF, 70_000 & 0xFFFF)
+
+
+def test_unpop_gives_the_same_chain_again(memory: GuestMemory) -> None:
+    driver, queue = pair(memory)
+    driver.add([b"one"])
+    driver.add([b"two"])
+    first, second = queue.pop(), queue.pop()
+    assert first is not None
+    assert second is not None
+    queue.unpop(1)
+    again = queue.pop()
+    assert again is not None
+    assert again.head == second.head
+
+
+def test_a_direct_chain_may_end_in_an_indirect_table(memory: GuestMemory) -> None:
+    """§2.7.5.3.2: a device has to take normal descriptors before the indirect one."""
+    driver, queue = pair(memory)
+    table = driver.heap
+    memory.write(table, abi.DESC.pack(driver.heap + 64, 8, WRITE, 0))
+    driver.set_descriptor(0, driver.heap + 128, 4, NEXT, 1)
+    driver.set_descriptor(1, table, 16, INDIRECT)
+    driver.offer(0)
+    chain = queue.pop()
+    assert chain is not None
+    assert (total(chain.readable), total(chain.writable)) == (4, 8)
+
+
+def test_position_goes_on_in_another_queue(memory: GuestMemory) -> None:
+    driver, queue = pair(memory)
+    driver.add([b"one"])
+    chain = queue.pop()
+    assert chain is not None
+    queue.push(chain, 0)
+    driver.add([b"two"])
+    again = device_queue(driver, position=queue.position)
+    chain = again.pop()
+    assert chain is not None
+    assert bytes(chain.readable[0]) == b"two"
+    again.push(chain, 0)
+    assert len(driver.completed()) == 2
+
+
+# --- Hostile drivers ---------------------------------------------------------------------------
+
+
+def _chain_of(*entries: tuple[int, int, int, int]) -> Callable[[DriverQueue], None]:
+    def play(driver: DriverQueue) -> None:
+        for index, entry in enumerate(entries):
+            driver.set_descriptor(index, *entry)
+        driver.offer(0)
+
+    return play
+
+
+def _indirect(*entries: tuple[int, int, int, int], flags: int = 0) -> Callable[[DriverQueue], None]:
+    def play(driver: DriverQueue) -> None:
+        table = b"".join(abi.DESC.pack(*entry) for entry in entries)
+        driver.memory.write(driver.heap, table)
+        driver.set_descriptor(0, driver.heap, len(table), INDIRECT | flags)
+        driver.offer(0)
+
+    return play
+
+
+def _index_jump(driver: DriverQueue) -> None:
+    driver.set_available_index(driver.size + 1)
+
+
+def _many(count: int) -> Callable[[DriverQueue], None]:
+    entries = [(BASE, 1, NEXT, at + 1) for at in range(count - 1)]
+    return _indirect(*entries, (BASE, 1, 0, 0))
+
+
+OUTSIDE = 1 << 40
+HOSTILE: dict[str, tuple[Fault, Callable[[DriverQueue], None]]] = {
+    "head out of range": (Fault.HEAD_OUT_OF_RANGE, lambda driver: driver.offer(16)),
+    "index jump": (Fault.INDEX_JUMP, _index_jump),
+    "next out of range": (Fault.NEXT_OUT_OF_RANGE, _chain_of((BASE, 1, NEXT, 16))),
+    "points to itself": (Fault.LOOP, _chain_of((BASE, 1, NEXT, 0))),
+    "loop of two": (Fault.LOOP, _chain_of((BASE, 1, NEXT, 1), (BASE, 1, NEXT, 0))),
+    "zero length": (Fault.ZERO_LENGTH, _chain_of((BASE, 0, 0, 0))),
+    "buffer outside": (Fault.BUFFER_OUTSIDE, _chain_of((OUTSIDE, 1, 0, 0))),
+    "buffer over the end": (Fault.BUFFER_OUTSIDE, _chain_of(((4 << 20) - 1, 2, WRITE, 0))),
+    "address wraps": (Fault.BUFFER_OUTSIDE, _chain_of((2**64 - 1, 2, 0, 0))),
+    "readable after writable": (
+        Fault.READABLE_AFTER_WRITABLE,
+        _chain_of((BASE, 1, WRITE | NEXT, 1), (BASE, 1, 0, 0)),
+    ),
+    "indirect with next": (Fault.INDIRECT_WITH_NEXT, _indirect((BASE, 1, 0, 0), flags=NEXT)),
+    "indirect in indirect": (Fault.INDIRECT_IN_INDIRECT, _indirect((BASE, 16, INDIRECT, 0))),
+    "indirect, odd length": (Fault.INDIRECT_LENGTH, _chain_of((BASE, 17, INDIRECT, 0))),
+    "indirect, empty": (Fault.INDIRECT_LENGTH, _chain_of((BASE, 0, INDIRECT, 0))),
+    "indirect, huge": (Fault.INDIRECT_TOO_LONG, _chain_of((BASE, 16 * 1025, INDIRECT, 0))),
+    "indirect outside": (Fault.INDIRECT_OUTSIDE, _chain_of((OUTSIDE, 16, INDIRECT, 0))),
+    "indirect, next outside its table": (
+        Fault.NEXT_OUT_OF_RANGE,
+        _indirect((BASE, 1, NEXT, 1)),
+    ),
+    "indirect, loop": (Fault.LOOP, _indirect((BASE, 1, NEXT, 1), (BASE, 1, NEXT, 0))),
+    "too many bytes": (
+        Fault.TOO_MANY_BYTES,
+        _indirect(*[(0, 4 << 20, NEXT, at + 1) for at in range(1023)], (0, 4 << 20, 0, 0)),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_chain_is_named(memory: GuestMemory, case: str) -> None:
+    fault, play = HOSTILE[case]
+    driver, queue = pair(memory)
+    play(driver)
+    with pytest.raises(VirtqueueError) as caught:
+        queue.pop()
+    assert caught.value.fault is fault
+    assert str(caught.value).startswith(fault)
+
+
+def test_too_many_buffers(memory: GuestMemory) -> None:
+    """A full indirect table after direct descriptors is longer than one preadv takes."""
+    driver, queue = pair(memory)
+    _many(1024)(driver)
+    driver.set_descriptor(1, BASE, 1, NEXT, 0)
+    driver.offer(1)
+    assert queue.pop() is not None
+    with pytest.raises(VirtqueueError) as caught:
+        queue.pop()
+    assert caught.value.fault is Fault.TOO_LONG
+
+
+def test_indirect_has_to_be_negotiated(memory: GuestMemory) -> None:
+    driver = DriverQueue(memory, BASE)
+    queue = device_queue(driver, features=0)
+    driver.add([b"x"], indirect=True)
+    with pytest.raises(VirtqueueError) as caught:
+        queue.pop()
+    assert caught.value.fault is Fault.INDIRECT_NOT_NEGOTIATED
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"size": 0}, Fault.SIZE_ZERO),
+        ({"size": 12}, Fault.SIZE_NOT_POWER_OF_TWO),
+        ({"size": 65536}, Fault.SIZE_TOO_LARGE),
+        ({"desc": BASE + 8}, Fault.DESC_MISALIGNED),
+        ({"avail": BASE + 1}, Fault.AVAIL_MISALIGNED),
+        ({"used": BASE + 2}, Fault.USED_MISALIGNED),
+        ({"desc": OUTSIDE}, Fault.RING_OUTSIDE),
+        ({"avail": (4 << 20) - 4}, Fault.RING_OUTSIDE),
+        ({"used": (4 << 20) - 8}, Fault.RING_OUTSIDE),
+    ],
+)
+def test_a_bad_ring_is_named(memory: GuestMemory, change: dict[str, int], fault: Fault) -> None:
+    rings: dict[str, Any] = {"size": 16, "desc": BASE, "avail": BASE + 256, "used": BASE + 512, **change}
+    with pytest.raises(VirtqueueError) as caught:
+        Queue(memory, **rings)
+    assert caught.value.fault is fault
+
+
+def test_every_fault_has_a_case() -> None:
+    """The table above is complete."""
+    seen = {fault for fault, _ in HOSTILE.values()} | {
+        Fault.TOO_LONG,
+        Fault.INDIRECT_NOT_NEGOTIATED,
+        Fault.SIZE_ZERO,
+        Fault.SIZE_NOT_POWER_OF_TWO,
+        Fault.SIZE_TOO_LARGE,
+        Fault.DESC_MISALIGNED,
+        Fault.AVAIL_MISALIGNED,
+        Fault.USED_MISALIGNED,
+        Fault.RING_OUTSIDE,
+    }
+    assert seen == set(Fault)
+
+
+ADDRESSES = st.one_of(
+    st.integers(0, 1 << 16),
+    st.integers((1 << 16) - 64, (1 << 16) + 64),
+    st.integers(0, 2**64 - 1),
+)
+DESCRIPTORS = st.tuples(
+    ADDRESSES,
+    st.one_of(st.integers(0, 64), st.sampled_from([16, 32, 4096]), st.integers(0, 2**32 - 1)),
+    st.integers(0, 7),
+    st.one_of(st.integers(0, 9), st.integers(0, 0xFFFF)),
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    descriptors=st.lists(DESCRIPTORS, min_size=8, max_size=16),
+    heads=st.lists(st.integers(0, 9), max_size=8),
+    index=st.integers(0, 12),
+    features=st.sampled_from([0, 1 << 28, 1 << 29, 3 << 28]),
+)
+def test_whatever_the_driver_writes(
+    descriptors: list[tuple[int, int, int, int]], heads: list[int], index: int, features: int
+) -> None:
+    """Only ``QueueError``, and every buffer handed out lies inside guest memory."""
+    with GuestMemory(1 << 16) as memory:
+        driver = DriverQueue(memory, 0, 8, heap=1 << 14)
+        queue = device_queue(driver, features=features)
+        table = b"".join(abi.DESC.pack(*descriptor) for descriptor in descriptors)
+        memory.write(driver.desc, table[:128])
+        memory.write(driver.heap, table)
+        for slot, head in enumerate(heads):
+            memory.write_u16(driver.avail + 4 + 2 * slot, head)
+        driver.set_available_index(index)
+        before = memory.read(0, 1 << 16)
+        try:
+            while (chain := queue.pop()) is not None:
+                assert chain.readable or chain.writable
+                for buffer in chain.readable + chain.writable:
+                    assert 0 < len(buffer) <= 1 << 16
+        except QueueError:
+            pass
+        assert memory.read(0, 1 << 16) == before, "pop writes nothing"
+        queue.close()
+
+
+# --- Notification ------------------------------------------------------------------------------
+
+
+def test_without_event_index_flags_rule(memory: GuestMemory) -> None:
+    driver, queue = pair(memory)
+    queue.disable_notifications()
+    driver.add([b"x"])
+    assert not driver.wants_kick
+    assert queue.enable_notifications(), "one came in while notifications were off"
+    driver.add([b"x"])
+    assert driver.wants_kick
+
+    def use_one() -> bool:
+        chain = queue.pop()
+        assert chain is not None
+        queue.push(chain, 0)
+        return queue.needs_interrupt()
+
+    assert use_one()
+    assert not queue.needs_interrupt(), "nothing new was used"
+    driver.set_flags(abi.AVAIL_F_NO_INTERRUPT)
+    assert not use_one()
+
+
+def test_with_event_index_the_driver_kicks_once(memory: GuestMemory) -> None:
+    driver, queue = pair(memory, event_index=True)
+    assert not queue.enable_notifications()
+    kicks = []
+    for _ in range(5):
+        driver.add([b"x"])
+        kicks.append(driver.wants_kick)
+    assert kicks == [True, False, False, False, False]
+    while queue.pop() is not None:
+        pass
+    assert not queue.enable_notifications()
+    driver.add([b"x"])
+    assert driver.wants_kick
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    start=st.integers(0, 0xFFFF),
+    batches=st.lists(st.integers(0, 8), min_size=1, max_size=12),
+    wanted=st.integers(0, 40),
+)
+def test_an_interrupt_comes_exactly_when_used_event_is_passed(
+    start: int, batches: list[int], wanted: int
+) -> None:
+    """§2.7.7.2: interrupt if and only if the entry that used_event names is in the batch."""
+    with GuestMemory(1 << 16) as memory:
+        driver = DriverQueue(memory, 0, 8, heap=4096, event_index=True)
+        queue = device_queue(driver, position=(start, start))
+        for slot in range(8):
+            driver.set_descriptor(slot, driver.heap, 1)
+            memory.write_u16(driver.avail + 4 + 2 * slot, slot)
+        driver.set_used_event(start + wanted)
+        done = 0
+        for batch in batches:
+            driver.set_available_index(start + done + batch)
+            for _ in range(batch):
+                chain = queue.pop()
+                assert chain is not None
+                queue.push(chain, 0)
+            assert queue.needs_interrupt() == (done <= wanted < done + batch)
+            done += batch
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), max_size=6),
+    at=st.integers(0, 60),
+)
+def test_take_splits_anywhere(lengths: list[int], at: int) -> None:
+    buffers = [memoryview(bytes([n]) * n) for n in lengths]
+    whole = b"".join(buffers)
+    head, tail = take(buffers, at)
+    assert (b"".join(head), b"".join(tail)) == (whole[:at], whole[at:])
+    assert all(len(buffer) for buffer in head + tail)
