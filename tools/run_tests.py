@@ -1,0 +1,63 @@
+"""`./dev test`: the suite in two runs, and one closing line for both.
+
+    here                 everything but what is marked linux_kvm
+    in the testbed       what is marked linux_kvm, in one boot of it
+
+On a host whose KVM is hardware the tests marked linux_kvm run here as well: the testbed's CPU is an
+emulated one, and what a user has is not. Arguments go to pytest, in both runs.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+TOP = Path(__file__).resolve().parent.parent
+PYTEST = [str(TOP / ".venv/bin/python"), "-m", "pytest", "--color=no"]
+NO_TESTS = 5
+"""pytest's exit code for a selection that is empty (an argument may name tests of one run only)."""
+SLOW = "--timeout=1200"
+"""Seconds a test may take in the testbed, an emulated CPU: several times what it may take here."""
+
+
+def hardware_kvm() -> bool:
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return Path("/dev/kvm").exists() and bool({"vmx", "svm"} & set((flags or [""])[0].split()))
+
+
+def run(title: str, command: list[str]) -> tuple[int, Counter[str]]:
+    """Run pytest, show what it says as it comes, and read the counts off its last line."""
+    print(f"\n=== {title} ===", flush=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+    counts: Counter[str] = Counter()
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        if re.search(r" in [\d.]+s( \([\d:]+\))?( =+)?$", line):
+            counts = Counter({what: int(n) for n, what in re.findall(r"(\d+) ([a-z]+)", line)})
+    return process.wait(), counts
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    here = [] if hardware_kvm() else ["-m", "not linux_kvm"]
+    testbed = [str(TOP / "dev"), "testbed", "--", *PYTEST, SLOW, "-m", "linux_kvm"]
+    started = time.monotonic()
+    runs = [
+        run("here", [*PYTEST, *here, *arguments]),
+        run("in the testbed: KVM with Linux", [*testbed, *arguments]),
+    ]
+    total = sum((counts for _, counts in runs), Counter())
+    total.pop("deselected", None)
+    summary = ", ".join(f"{number} {what}" for what, number in total.items()) or "no tests ran"
+    codes = [code for code, _ in runs if code != NO_TESTS]
+    print(f"\n=== {summary} in {time.monotonic() - started:.0f}s ===", flush=True)
+    return max(codes, default=NO_TESTS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
