@@ -86,9 +86,7 @@ class GuestMemory:
             os.close(self.fd)
             raise
         self.regions = _regions(size, hva, low_end, high_start)
-        array = (ctypes.c_char * size).from_address(hva)
-        weakref.finalize(array, _libc.munmap, hva, size).atexit = False
-        self._bytes = memoryview(array).cast("B")
+        self._bytes = _view_of_mapping(hva, size)
         self._low_size = self.regions[0].size
         self._high = high_start
         self._high_size = size - self._low_size
@@ -163,6 +161,23 @@ class GuestMemory:
         if self.fd < 0:
             raise MachineStopped("guest memory is closed")
         raise MemoryFault(f"guest address {gpa:#x}, {size} bytes, is outside guest memory")
+
+
+def map_shared(fd: int, size: int) -> memoryview:
+    """Map a file that is shared with the kernel; the mapping goes with its last view.
+
+    Unlike ``mmap.mmap`` this neither duplicates the file descriptor nor refuses to be let go.
+    """
+    hva = _libc.mmap(0, size, _PROT_READ_WRITE, _MAP_SHARED, fd, 0)
+    if hva == _MAP_FAILED:
+        raise HostError(f"cannot map {size} bytes: {_last_error().strerror}")
+    return _view_of_mapping(hva, size)
+
+
+def _view_of_mapping(hva: int, size: int) -> memoryview:
+    array = (ctypes.c_char * size).from_address(hva)
+    weakref.finalize(array, _libc.munmap, hva, size).atexit = False
+    return memoryview(array).cast("B")
 
 
 def _regions(size: int, hva: int, low_end: int, high_start: int) -> tuple[Region, ...]:
