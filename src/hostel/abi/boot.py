@@ -5,14 +5,11 @@ the PVH structures are those of Xen's public/arch-x86/hvm/start_info.h, the mult
 the Multiboot Specification 0.6.96.
 """
 
-from __future__ import annotations
-
 import ctypes
-from ctypes import c_uint8 as u8
-from ctypes import c_uint16 as u16
-from ctypes import c_uint32 as u32
-from ctypes import c_uint64 as u64
-from typing import ClassVar
+from ctypes import Array
+from typing import Annotated
+
+from .kvm_types import layout, u8, u16, u32, u64
 
 # --- memory map -----------------------------------------------------------------------------------------
 
@@ -22,11 +19,14 @@ E820_ACPI = 3
 """Tables that the operating system may reclaim once it has read them."""
 
 
-class E820Entry(ctypes.LittleEndianStructure):
+@layout
+class E820Entry(ctypes.Structure):
     """struct boot_e820_entry."""
 
     _pack_ = 1
-    _fields_: ClassVar = [("addr", u64), ("size", u64), ("type", u32)]
+    addr: u64
+    size: u64
+    type: u32
 
 
 E820_MAX_ENTRIES = 128
@@ -60,79 +60,83 @@ DEFAULT_INITRD_ADDR_MAX = 0x7FFF_FFFF
 SETUP_RNG_SEED = 9
 
 
-class SetupHeader(ctypes.LittleEndianStructure):
+@layout
+class SetupHeader(ctypes.Structure):
     """struct setup_header."""
 
     _pack_ = 1
-    _fields_: ClassVar = [
-        ("setup_sects", u8),
-        ("root_flags", u16),
-        ("syssize", u32),
-        ("ram_size", u16),
-        ("vid_mode", u16),
-        ("root_dev", u16),
-        ("boot_flag", u16),
-        ("jump", u16),
-        ("header", u32),
-        ("version", u16),
-        ("realmode_swtch", u32),
-        ("start_sys_seg", u16),
-        ("kernel_version", u16),
-        ("type_of_loader", u8),
-        ("loadflags", u8),
-        ("setup_move_size", u16),
-        ("code32_start", u32),
-        ("ramdisk_image", u32),
-        ("ramdisk_size", u32),
-        ("bootsect_kludge", u32),
-        ("heap_end_ptr", u16),
-        ("ext_loader_ver", u8),
-        ("ext_loader_type", u8),
-        ("cmd_line_ptr", u32),
-        ("initrd_addr_max", u32),
-        ("kernel_alignment", u32),
-        ("relocatable_kernel", u8),
-        ("min_alignment", u8),
-        ("xloadflags", u16),
-        ("cmdline_size", u32),
-        ("hardware_subarch", u32),
-        ("hardware_subarch_data", u64),
-        ("payload_offset", u32),
-        ("payload_length", u32),
-        ("setup_data", u64),
-        ("pref_address", u64),
-        ("init_size", u32),
-        ("handover_offset", u32),
-        ("kernel_info_offset", u32),
-    ]
+    setup_sects: u8
+    root_flags: u16
+    syssize: u32
+    ram_size: u16
+    vid_mode: u16
+    root_dev: u16
+    boot_flag: u16
+    jump: u16
+    header: u32
+    version: u16
+    realmode_swtch: u32
+    start_sys_seg: u16
+    kernel_version: u16
+    type_of_loader: u8
+    loadflags: u8
+    setup_move_size: u16
+    code32_start: u32
+    ramdisk_image: u32
+    ramdisk_size: u32
+    bootsect_kludge: u32
+    heap_end_ptr: u16
+    ext_loader_ver: u8
+    ext_loader_type: u8
+    cmd_line_ptr: u32
+    initrd_addr_max: u32
+    kernel_alignment: u32
+    relocatable_kernel: u8
+    min_alignment: u8
+    xloadflags: u16
+    cmdline_size: u32
+    hardware_subarch: u32
+    hardware_subarch_data: u64
+    payload_offset: u32
+    payload_length: u32
+    setup_data: u64
+    pref_address: u64
+    init_size: u32
+    handover_offset: u32
+    kernel_info_offset: u32
 
 
-class BootParams(ctypes.LittleEndianStructure):
+@layout
+class BootParams(ctypes.Structure):
     """struct boot_params, the zero page: the fields that we write."""
 
     _pack_ = 1
-    _fields_: ClassVar = [
-        ("_screen_info", u8 * 0x70),
-        ("acpi_rsdp_addr", u64),
-        ("_pad1", u8 * 0x48),
-        ("ext_ramdisk_image", u32),
-        ("ext_ramdisk_size", u32),
-        ("ext_cmd_line_ptr", u32),
-        ("_pad2", u8 * 0x11C),
-        ("e820_entries", u8),
-        ("_pad3", u8 * 8),
-        ("hdr", SetupHeader),
-        ("_pad4", u8 * (0x2D0 - SETUP_HEADER_OFFSET - ctypes.sizeof(SetupHeader))),
-        ("e820_table", E820Entry * E820_MAX_ENTRIES),
-        ("_pad5", u8 * 0x330),
+    _screen_info: Annotated[Array[ctypes.c_uint8], ctypes.c_uint8 * 0x70]
+    acpi_rsdp_addr: u64
+    _pad1: Annotated[Array[ctypes.c_uint8], ctypes.c_uint8 * 0x48]
+    ext_ramdisk_image: u32
+    ext_ramdisk_size: u32
+    ext_cmd_line_ptr: u32
+    _pad2: Annotated[Array[ctypes.c_uint8], ctypes.c_uint8 * 0x11C]
+    e820_entries: u8
+    _pad3: Annotated[Array[ctypes.c_uint8], ctypes.c_uint8 * 8]
+    hdr: SetupHeader
+    _pad4: Annotated[
+        Array[ctypes.c_uint8],
+        ctypes.c_uint8 * (0x2D0 - SETUP_HEADER_OFFSET - ctypes.sizeof(SetupHeader)),
     ]
+    e820_table: Annotated[Array[E820Entry], E820Entry * E820_MAX_ENTRIES]
+    _pad5: Annotated[Array[ctypes.c_uint8], ctypes.c_uint8 * 0x330]
 
 
-class SetupData(ctypes.LittleEndianStructure):
+@layout
+class SetupData(ctypes.Structure):
     """struct setup_data, before its bytes."""
 
     _pack_ = 1
-    _fields_: ClassVar = [("next", u64), ("type", u32), ("len", u32)]
+    next: u64
+    type: u32
+    len: u32
 
 
 # --- PVH ------------------------------------------------------------------------------------------------
@@ -143,34 +147,36 @@ HVM_START_VERSION = 1
 """Version 1 added the memory map."""
 
 
-class HvmStartInfo(ctypes.LittleEndianStructure):
-    _fields_: ClassVar = [
-        ("magic", u32),
-        ("version", u32),
-        ("flags", u32),
-        ("nr_modules", u32),
-        ("modlist_paddr", u64),
-        ("cmdline_paddr", u64),
-        ("rsdp_paddr", u64),
-        ("memmap_paddr", u64),
-        ("memmap_entries", u32),
-        ("reserved", u32),
-    ]
+@layout
+class HvmStartInfo(ctypes.Structure):
+    magic: u32
+    version: u32
+    flags: u32
+    nr_modules: u32
+    modlist_paddr: u64
+    cmdline_paddr: u64
+    rsdp_paddr: u64
+    memmap_paddr: u64
+    memmap_entries: u32
+    reserved: u32
 
 
-class HvmModlistEntry(ctypes.LittleEndianStructure):
-    _fields_: ClassVar = [
-        ("paddr", u64),
-        ("size", u64),
-        ("cmdline_paddr", u64),
-        ("reserved", u64),
-    ]
+@layout
+class HvmModlistEntry(ctypes.Structure):
+    paddr: u64
+    size: u64
+    cmdline_paddr: u64
+    reserved: u64
 
 
-class HvmMemmapEntry(ctypes.LittleEndianStructure):
+@layout
+class HvmMemmapEntry(ctypes.Structure):
     """Types are those of e820."""
 
-    _fields_: ClassVar = [("addr", u64), ("size", u64), ("type", u32), ("reserved", u32)]
+    addr: u64
+    size: u64
+    type: u32
+    reserved: u32
 
 
 # --- multiboot 1 ----------------------------------------------------------------------------------------
@@ -188,19 +194,18 @@ MULTIBOOT_REQUIRED = 0xFFFF
 MULTIBOOT_AOUT_KLUDGE = 1 << 16
 
 
-class MultibootHeader(ctypes.LittleEndianStructure):
+@layout
+class MultibootHeader(ctypes.Structure):
     """§3.1.1. The addresses count only with MULTIBOOT_AOUT_KLUDGE."""
 
-    _fields_: ClassVar = [
-        ("magic", u32),
-        ("flags", u32),
-        ("checksum", u32),
-        ("header_addr", u32),
-        ("load_addr", u32),
-        ("load_end_addr", u32),
-        ("bss_end_addr", u32),
-        ("entry_addr", u32),
-    ]
+    magic: u32
+    flags: u32
+    checksum: u32
+    header_addr: u32
+    load_addr: u32
+    load_end_addr: u32
+    bss_end_addr: u32
+    entry_addr: u32
 
 
 # Which fields of the information structure are valid (§3.3).
@@ -211,34 +216,41 @@ INFO_MEMORY_MAP = 1 << 6
 INFO_LOADER_NAME = 1 << 9
 
 
-class MultibootInfo(ctypes.LittleEndianStructure):
+@layout
+class MultibootInfo(ctypes.Structure):
     """§3.3, up to the APM table; the VBE fields that follow are not valid here."""
 
-    _fields_: ClassVar = [
-        ("flags", u32),
-        ("mem_lower", u32),
-        ("mem_upper", u32),
-        ("boot_device", u32),
-        ("cmdline", u32),
-        ("mods_count", u32),
-        ("mods_addr", u32),
-        ("syms", u32 * 4),
-        ("mmap_length", u32),
-        ("mmap_addr", u32),
-        ("drives_length", u32),
-        ("drives_addr", u32),
-        ("config_table", u32),
-        ("boot_loader_name", u32),
-        ("apm_table", u32),
-    ]
+    flags: u32
+    mem_lower: u32
+    mem_upper: u32
+    boot_device: u32
+    cmdline: u32
+    mods_count: u32
+    mods_addr: u32
+    syms: Annotated[Array[ctypes.c_uint32], ctypes.c_uint32 * 4]
+    mmap_length: u32
+    mmap_addr: u32
+    drives_length: u32
+    drives_addr: u32
+    config_table: u32
+    boot_loader_name: u32
+    apm_table: u32
 
 
-class MultibootModule(ctypes.LittleEndianStructure):
-    _fields_: ClassVar = [("mod_start", u32), ("mod_end", u32), ("string", u32), ("reserved", u32)]
+@layout
+class MultibootModule(ctypes.Structure):
+    mod_start: u32
+    mod_end: u32
+    string: u32
+    reserved: u32
 
 
-class MultibootMmapEntry(ctypes.LittleEndianStructure):
+@layout
+class MultibootMmapEntry(ctypes.Structure):
     """``size`` does not count itself. Types are those of e820."""
 
     _pack_ = 1
-    _fields_: ClassVar = [("size", u32), ("addr", u64), ("len", u64), ("type", u32)]
+    size: u32
+    addr: u64
+    len: u64
+    type: u32

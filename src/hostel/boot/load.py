@@ -1,0 +1,107 @@
+"""From a kernel's file to memory that a vCPU can enter: everything but the ACPI tables.
+
+::
+
+    1 MiB and up   the kernel's segments, read from the file straight into guest memory
+    low RAM        the initrd: as high as the kernel allows, or behind it (multiboot)
+    below 640 KiB  command line, start information, memory map, GDT, page tables   (vmm/layout.py)
+
+The memory must be all zeros, as it is when new: what no file fills (bss) is not touched.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hostel.errors import ImageError, MemoryFault, SpecError
+from hostel.memory import GuestMemory
+from hostel.vmm import layout
+
+from . import linux, multiboot, pvh
+from .e820 import memory_map
+from .entry import EntryState, write_tables
+from .image import KernelImage, open_kernel
+from .info import Blob, BootInfo
+from .source import Source
+
+_PAGE = 4096
+_SEED_ROOM = 0x100
+_BUILDERS = {"linux": linux.build, "pvh": pvh.build, "multiboot": multiboot.build}
+
+
+def load_kernel(
+    memory: GuestMemory,
+    kernel: Path | KernelImage,
+    *,
+    cmdline: str = "",
+    initrd: Path | None = None,
+    rsdp: int = 0,
+) -> EntryState:
+    """Load it, and say how the first vCPU must enter it (``EntryState.apply``).
+
+    ``rsdp`` comes from ``acpi.write_tables``. ImageError: no kernel, or it does not fit. SpecError: a
+    command line or an initrd that does not fit.
+    """
+    if isinstance(kernel, Path):
+        with open_kernel(kernel) as image:
+            return load_kernel(memory, image, cmdline=cmdline, initrd=initrd, rsdp=rsdp)
+    load_segments(memory, kernel)
+    info = BootInfo(
+        cmdline=_load_cmdline(memory, kernel, cmdline),
+        initrd=_load_initrd(memory, kernel, initrd) if initrd is not None else None,
+        rsdp=rsdp,
+        map=memory_map(memory.regions),
+    )
+    entry = _BUILDERS[kernel.protocol](memory, kernel, info)
+    write_tables(memory, entry.mode)
+    return entry
+
+
+def load_segments(memory: GuestMemory, image: KernelImage) -> None:
+    for segment in image.segments:
+        try:
+            view = memory.view(segment.paddr, segment.memsz)
+        except MemoryFault:
+            raise ImageError(
+                f"{image.source.name} needs memory up to {segment.end >> 20} MiB; the machine has"
+                f" {memory.size >> 20} MiB",
+                cure=f"give it more than {-(-image.end >> 20)} MiB",
+            ) from None
+        image.source.read_into(segment.offset, view[: segment.filesz])
+
+
+def _load_cmdline(memory: GuestMemory, image: KernelImage, cmdline: str) -> Blob:
+    data = os.fsencode(cmdline)
+    limit = layout.CMDLINE_MAX - _SEED_ROOM
+    if image.protocol == "linux":
+        limit = min(limit, linux.cmdline_limit(image))
+    if b"\0" in data:
+        raise SpecError("the kernel's command line contains a NUL")
+    if len(data) > limit:
+        raise SpecError(
+            f"the kernel's command line has {len(data)} bytes; this kernel reads {limit}",
+            cure="shorten what is appended to it",
+        )
+    memory.write(layout.CMDLINE_ADDRESS, data + b"\0")
+    return Blob(layout.CMDLINE_ADDRESS, len(data))
+
+
+def _load_initrd(memory: GuestMemory, image: KernelImage, path: Path) -> Blob:
+    with Source.open(path, "initrd") as source:
+        floor = -(-image.end // _PAGE) * _PAGE
+        address = floor
+        low_end = memory.regions[0].size
+        limit = linux.initrd_limit(image) if image.protocol == "linux" else low_end
+        if image.protocol != "multiboot":
+            # High: the kernel's own early allocations go upwards from its end. A multiboot kernel
+            # may map no more than its first few megabytes, so its module stays near.
+            address = (min(low_end, limit) - source.size) // _PAGE * _PAGE
+        if address < floor or address + source.size > low_end:
+            raise SpecError(
+                f"the initrd {path} has {source.size >> 20} MiB, and beside the kernel there is no"
+                f" room for it in {memory.size >> 20} MiB",
+                cure="give the machine more memory",
+            )
+        source.read_into(0, memory.view(address, source.size))
+        return Blob(address, source.size)
