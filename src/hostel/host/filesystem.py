@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ImageError
+from hostel.errors import ImageError
 
 SECTOR = 512
 
