@@ -12,9 +12,9 @@ import pytest
 from hostel.abi import pci, virtio
 from hostel.abi.record import Record
 
-HEADERS = (
-    "virtio_config virtio_ids virtio_ring virtio_pci virtio_mmio virtio_blk virtio_console virtio_fs pci_regs"
-)
+HEADERS = """
+virtio_config virtio_ids virtio_ring virtio_pci virtio_mmio virtio_blk virtio_console virtio_fs pci_regs
+"""
 OURS_ALONE = {
     # Not in a header: they come from the text of the specification (§4.1.2, §4.2.2, §2.7, §5.2).
     "DESC_ALIGN",

@@ -216,7 +216,13 @@ def test_indirect_has_to_be_negotiated(memory: GuestMemory) -> None:
     ],
 )
 def test_a_bad_ring_is_named(memory: GuestMemory, change: dict[str, int], fault: Fault) -> None:
-    rings: dict[str, Any] = {"size": 16, "desc": BASE, "avail": BASE + 256, "used": BASE + 512, **change}
+    rings: dict[str, Any] = {
+        "size": 16,
+        "desc": BASE,
+        "avail": BASE + 256,
+        "used": BASE + 512,
+        **change,
+    }
     with pytest.raises(VirtqueueError) as caught:
         Queue(memory, **rings)
     assert caught.value.fault is fault

@@ -80,9 +80,7 @@ class VirtioDevice:
     def write_config(self, offset: int, data: bytes) -> None:
         """Most devices have nothing to write."""
 
-    def activate(
-        self, memory: GuestMemory, features: int, queues: Sequence[QueueWiring]
-    ) -> None:
+    def activate(self, memory: GuestMemory, features: int, queues: Sequence[QueueWiring]) -> None:
         raise NotImplementedError
 
     def reset(self) -> None:

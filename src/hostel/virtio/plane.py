@@ -117,9 +117,7 @@ class QueueDevice(VirtioDevice):
 
     # -- life cycle -----------------------------------------------------------------------------
 
-    def activate(
-        self, memory: GuestMemory, features: int, queues: Sequence[QueueWiring]
-    ) -> None:
+    def activate(self, memory: GuestMemory, features: int, queues: Sequence[QueueWiring]) -> None:
         with self.lock:
             self.driver_features = features
             try:

@@ -99,8 +99,7 @@ class Transport:
     def status(self) -> int:
         return self._status | (NEEDS_RESET if self._broken else 0)
 
-    @status.setter
-    def status(self, value: int) -> None:
+    def write_status(self, value: int) -> None:
         if not value:
             self.reset()
             return
@@ -172,8 +171,13 @@ class Transport:
     def driver_features_window(self) -> int:
         return _window(self.driver_features, self.feature_select[1])
 
-    @driver_features_window.setter
-    def driver_features_window(self, value: int) -> None:
+    def select_device_features(self, value: int) -> None:
+        self.feature_select[0] = value
+
+    def select_driver_features(self, value: int) -> None:
+        self.feature_select[1] = value
+
+    def write_driver_features(self, value: int) -> None:
         """Frozen once FEATURES_OK is set (§3.1.1 step 5); there are 64 bits."""
         select = self.feature_select[1]
         if select < 2 and not self._status & FEATURES_OK:
@@ -191,13 +195,16 @@ class Transport:
         queue = self.queue
         return None if queue is None or queue.enabled or self.running else queue
 
+    def select_queue(self, value: int) -> None:
+        self.queue_select = value
+
     def set_queue_size(self, value: int) -> None:
         """At most what we offered. That it is a power of two is looked at on activation."""
         queue = self.queue_in_setup
         if queue is not None and 0 < value <= queue.max_size:
             queue.size = value
 
-    def set_queue_address(self, ring: str, high: bool, value: int) -> None:
+    def set_ring_address(self, ring: str, high: bool, value: int) -> None:
         """Half of the address of ``desc``, ``avail`` or ``used``."""
         queue = self.queue_in_setup
         if queue is not None:
@@ -266,6 +273,11 @@ LADDER: tuple[tuple[int, int, Step], ...] = (
     (DRIVER_OK, FEATURES_OK, Transport._start),
     (FAILED, 0, Transport._advance),
 )
+
+
+def ring_writer(ring: str, high: bool) -> Callable[[Transport, int], None]:
+    """What writing one of the six address registers does."""
+    return lambda transport, value: transport.set_ring_address(ring, high, value)
 
 
 def _window(features: int, select: int) -> int:

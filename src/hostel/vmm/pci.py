@@ -1,0 +1,259 @@
+"""PCI: configuration space through ECAM, functions, BARs.
+
+::
+
+    ECAM + (device << 15 | function << 12 | register) ─► PciBus ─► PciFunction.config
+                                  COMMAND, BARs written ─► BAR ─► MMIO bus, at its address
+
+Rules:
+
+* One bus, ECAM only (described by MCFG): ports 0xcf8/0xcfc are nobody's, so they read as all ones and
+  a kernel finds no "mechanism #1", which would cost it thousands of exits.
+* Which bits of config space a guest may write is a mask beside it; everything else follows from what
+  then stands there. A BAR's size is told by the bits of its register that stay 0 (PCI Local Bus 3.0
+  §6.2.5.1), which is the mask again.
+* We are the firmware: each BAR has an address before the guest starts, and a kernel keeps it. A guest
+  may move a BAR wherever it likes. Where somebody else is already, the BAR answers nowhere.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from hostel.abi import pci as abi
+from hostel.vmm.bus import Bus, Device
+
+from . import layout
+
+HOST_BRIDGE_ID = (0x1B36, 0x0008)
+"""The generic host bridge that QEMU registered: no driver binds to it, and none is needed."""
+CLASS_HOST_BRIDGE = 0x06_0000
+
+
+class Bar:
+    """One memory BAR: where the guest put it, and whether it answers there."""
+
+    def __init__(self, index: int, size: int, device: Device, *, wide: bool) -> None:
+        self.index = index
+        self.size = size
+        self.device = device
+        self.wide = wide
+        self.home = 0
+        """The address that the firmware gave it."""
+        self.mapped: int | None = None
+        self.on_move: Callable[[int | None, int | None], None] | None = None
+        """Told the old and the new address."""
+
+    @property
+    def register(self) -> int:
+        return abi.BASE_ADDRESS_0 + 4 * self.index
+
+
+class PciFunction:
+    """A function's configuration space. Subclasses add BARs and capabilities, then sit on a bus."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        ids: tuple[int, int],
+        class_code: int,
+        revision: int = 0,
+        subsystem: tuple[int, int] = (0, 0),
+    ) -> None:
+        self.name = name
+        self.config = bytearray(abi.CONFIG_SIZE)
+        self.writable = bytearray(abi.CONFIG_SIZE)
+        self.bars: dict[int, Bar] = {}
+        self.mmio: Bus | None = None
+        self._capabilities_end = abi.STD_HEADER_SIZEOF
+        self._last_capability = abi.CAPABILITY_LIST
+        self._put(abi.VENDOR_ID, 2, ids[0])
+        self._put(abi.DEVICE_ID, 2, ids[1])
+        self._put(abi.REVISION_ID, 1, revision)
+        self._put(abi.CLASS_PROG, 3, class_code)
+        self._put(abi.SUBSYSTEM_VENDOR_ID, 2, subsystem[0])
+        self._put(abi.SUBSYSTEM_ID, 2, subsystem[1])
+        command = abi.COMMAND_MEMORY | abi.COMMAND_MASTER | abi.COMMAND_INTX_DISABLE
+        self._allow(abi.COMMAND, command.to_bytes(2, "little"))
+        self._allow(abi.INTERRUPT_LINE, b"\xff")
+
+    # -- building -----------------------------------------------------------------------------
+
+    def add_bar(self, index: int, size: int, device: Device, *, wide: bool = False) -> Bar:
+        """A memory BAR of a power of two, at least 16 bytes; ``wide``: 64 bits, two registers."""
+        if size < 16 or size & (size - 1):
+            raise ValueError(f"a BAR of {size:#x} bytes")
+        bar = self.bars[index] = Bar(index, size, device, wide=wide)
+        width = 8 if wide else 4
+        self._put(bar.register, width, abi.BASE_ADDRESS_MEM_TYPE_64 if wide else 0)
+        self._allow(bar.register, (-size & (1 << 8 * width) - 1).to_bytes(width, "little"))
+        return bar
+
+    def add_capability(self, kind: int, body: bytes, writable: bytes = b"") -> int:
+        """Append to the list; ``body`` follows the ID and the next pointer. Its offset."""
+        offset = self._capabilities_end
+        self.config[offset] = kind
+        self.config[offset + 2 : offset + 2 + len(body)] = body
+        self._allow(offset + 2, writable)
+        link = abi.CAPABILITY_LIST
+        if self._last_capability != link:
+            link = self._last_capability + 1
+        self.config[link] = offset
+        self._last_capability = offset
+        self._capabilities_end = offset + (2 + len(body) + 3 & ~3)
+        self._put(abi.STATUS, 2, abi.STATUS_CAP_LIST)
+        return offset
+
+    def _put(self, offset: int, width: int, value: int) -> None:
+        self.config[offset : offset + width] = value.to_bytes(width, "little")
+
+    def _allow(self, offset: int, mask: bytes) -> None:
+        self.writable[offset : offset + len(mask)] = mask
+
+    def place(self, mmio: Bus, addresses: dict[int, int]) -> None:
+        """Sit on a bus; ``addresses`` are the firmware's, by BAR."""
+        self.mmio = mmio
+        for index, address in addresses.items():
+            self.bars[index].home = address
+        self._send_bars_home()
+
+    def _send_bars_home(self) -> None:
+        for bar in self.bars.values():
+            width = 8 if bar.wide else 4
+            flags = abi.BASE_ADDRESS_MEM_TYPE_64 if bar.wide else 0
+            self._put(bar.register, width, bar.home | flags)
+
+    # -- the guest's accesses -----------------------------------------------------------------
+
+    def read_config(self, offset: int, size: int) -> bytes:
+        return bytes(self.config[offset : offset + size])
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        for at, value in enumerate(data, offset):
+            mask = self.writable[at]
+            self.config[at] = self.config[at] & ~mask | value & mask
+        if offset < abi.STD_HEADER_SIZEOF:
+            self._move_bars()
+
+    @property
+    def _memory_enabled(self) -> bool:
+        return bool(self.config[abi.COMMAND] & abi.COMMAND_MEMORY)
+
+    def _move_bars(self) -> None:
+        for bar in self.bars.values():
+            width = 8 if bar.wide else 4
+            value = int.from_bytes(self.config[bar.register : bar.register + width], "little")
+            wanted = value & -bar.size if self._memory_enabled else None
+            if wanted != bar.mapped:
+                self._map(bar, wanted)
+
+    def _map(self, bar: Bar, address: int | None) -> None:
+        if self.mmio is None:
+            return
+        before = bar.mapped
+        if before is not None:
+            self.mmio.remove(before)
+            bar.mapped = None
+        if address is not None:
+            try:
+                self.mmio.add(address, bar.size, bar.device, f"{self.name} bar {bar.index}")
+                bar.mapped = address
+            except ValueError:  # the guest put it on top of another device: it answers nowhere
+                pass
+        if bar.on_move is not None and before != bar.mapped:
+            bar.on_move(before, bar.mapped)
+
+    # -- life cycle ---------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """As after power-on, with the firmware's work done again."""
+        for at, mask in enumerate(self.writable):
+            self.config[at] &= ~mask
+        self._send_bars_home()
+        self._move_bars()
+
+    def close(self) -> None:
+        for bar in self.bars.values():
+            self._map(bar, None)
+
+    def save(self) -> dict[str, Any]:
+        return {"config": self.config.hex()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        saved = bytes.fromhex(state["config"])
+        for at, mask in enumerate(self.writable):
+            self.config[at] = self.config[at] & ~mask | saved[at] & mask
+        self._move_bars()
+
+    def statistics(self) -> dict[str, Any]:
+        return {}
+
+
+class PciBus:
+    """Bus 0 and its ECAM window: ``mmio.add(layout.ECAM_START, layout.ECAM_SIZE, pci, "pci")``."""
+
+    def __init__(self, mmio: Bus) -> None:
+        self.functions: dict[int, PciFunction] = {}
+        """By device number; every device has one function."""
+        self._mmio = mmio
+        self._window = layout.PCI_MMIO32_START
+        self._lock = threading.Lock()
+        self.add(PciFunction("host bridge", ids=HOST_BRIDGE_ID, class_code=CLASS_HOST_BRIDGE))
+
+    def add(self, function: PciFunction) -> int:
+        """Seat ``function`` at the next free device number, its BARs assigned; the number."""
+        with self._lock:
+            number = len(self.functions)
+            if number >= abi.DEVICES:
+                raise ValueError(f"no slot is left on the PCI bus for {function.name}")
+            function.place(self._mmio, {i: self._allocate(b) for i, b in function.bars.items()})
+            self.functions[number] = function
+            return number
+
+    def _allocate(self, bar: Bar) -> int:
+        """The next address of the 32-bit window, at least a page apart: each can be mapped alone."""
+        size = max(bar.size, 4096)
+        address = -(-self._window // size) * size
+        if address + size > layout.PCI_MMIO32_END:
+            raise ValueError(f"the PCI MMIO window has no {size:#x} bytes left")
+        self._window = address + size
+        return address
+
+    def _find(self, offset: int) -> PciFunction | None:
+        device, function = divmod(offset // abi.CONFIG_SIZE, abi.FUNCTIONS)
+        return self.functions.get(device) if function == 0 and device < abi.DEVICES else None
+
+    def read(self, offset: int, size: int) -> bytes:
+        """An empty slot reads as all ones: that is how a kernel knows (PCI Local Bus 3.0 §6.1)."""
+        function = self._find(offset)
+        if function is None:
+            return b"\xff" * size
+        return function.read_config(offset % abi.CONFIG_SIZE, size).ljust(size, b"\xff")
+
+    def write(self, offset: int, data: bytes) -> None:
+        if (function := self._find(offset)) is not None:
+            at = offset % abi.CONFIG_SIZE
+            function.write_config(at, data[: abi.CONFIG_SIZE - at])
+
+    def reset(self) -> None:
+        for function in self.functions.values():
+            function.reset()
+
+    def close(self) -> None:
+        for function in self.functions.values():
+            function.close()
+
+    def save(self) -> dict[str, Any]:
+        return {str(number): function.save() for number, function in self.functions.items()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        for number, saved in state.items():
+            self.functions[int(number)].load(saved)
+
+    def statistics(self) -> dict[str, Any]:
+        return {
+            f.name: statistics for f in self.functions.values() if (statistics := f.statistics())
+        }
