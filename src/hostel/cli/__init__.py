@@ -1,1 +1,21 @@
-"""The command: one file per verb."""
+"""The command: one file per verb, each imported only when it is called.
+
+``main`` answers ``--version`` before anything else is imported: that is measured
+(``bench/startup.py``).
+"""
+
+import contextlib
+import sys
+
+
+def main() -> int:
+    """The entry point of the ``hostel`` command; returns the exit code."""
+    if sys.argv[1:] == ["--version"]:
+        from hostel.version import VERSION
+
+        with contextlib.suppress(OSError):  # the long way says what is wrong
+            print(f"hostel {VERSION}", flush=True)
+            return 0
+    from .entry import command_line
+
+    return command_line(sys.argv[1:])

@@ -1,0 +1,282 @@
+"""Options that verbs share, and how their texts become values.
+
+A help page shows options in sections. Values are parsed here, once; what is no size, no volume … is a
+``HostelError`` with one line, like every other failure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+import click
+
+from hostel.errors import UserError
+from hostel.spec import Disk, Volume, parse_size
+
+from .say import say
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?")
+
+
+class Option(click.Option):
+    """An option that knows its section of the help page."""
+
+    def __init__(self, *args: Any, section: str = "Options", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+class Command(click.Command):
+    """A verb: its options end at the first argument, its help has sections."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.allow_interspersed_args = False
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None and isinstance(param, click.Option):
+                sections.setdefault(getattr(param, "section", "Output"), []).append(record)
+        for title, records in sorted(sections.items(), key=lambda pair: pair[0] == "Output"):
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+class Group(click.Group):
+    """Verbs: a wrong one is met with the nearest right one, none with the help page."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"no_args_is_help": False, **kwargs})
+        self.invoke_without_command = True
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        verbs = self.list_commands(ctx)
+        if args[0] not in verbs:
+            near = get_close_matches(args[0], verbs)
+            raise click.UsageError(f"no verb {args[0]!r}{meant(near)}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+def meant(near: Sequence[str] | None) -> str:
+    """``; did you mean …?``, or nothing."""
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def show_help(ctx: click.Context) -> None:
+    """What a group does when it is called without a verb."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def option(section: str, *names: str, **attributes: Any) -> Callable[[F], F]:
+    """``click.option`` in a section."""
+    return click.option(*names, cls=Option, section=section, **attributes)
+
+
+def duration(text: str) -> float:
+    """Seconds from ``10``, ``1.5``, ``500ms``, ``2m``, ``1h``."""
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise UserError(f"not a duration: {text!r}", cure="write seconds, or such as 500ms, 2m, 1h")
+    return float(match[1]) * _SECONDS[match[2] or "s"]
+
+
+def disk(text: str) -> Disk:
+    """``PATH`` or ``PATH:ro``."""
+    path, read_only = _suffix(text)
+    if not path:
+        raise UserError(f"not a disk: {text!r}", cure="write PATH or PATH:ro")
+    return Disk(path=path, read_only=read_only)
+
+
+def volume(text: str) -> Volume:
+    """``HOST:GUEST`` or ``HOST:GUEST:ro``."""
+    pair, read_only = _suffix(text)
+    source, colon, target = pair.rpartition(":")
+    if not (source and colon and target.startswith("/")):
+        raise UserError(
+            f"not a volume: {text!r}",
+            cure="write HOST:GUEST or HOST:GUEST:ro, with an absolute path in the guest",
+        )
+    return Volume(source=source, target=target, read_only=read_only)
+
+
+def _suffix(text: str) -> tuple[str, bool]:
+    """The text before a last ``:ro`` or ``:rw``, and whether it said read-only."""
+    for mode in ("ro", "rw"):
+        if text.endswith(f":{mode}"):
+            return text[: -len(mode) - 1], mode == "ro"
+    return text, False
+
+
+def cpu_list(text: str) -> tuple[int, ...]:
+    """``0,2-4`` as numbers, in order."""
+    cpus: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not (first.isdecimal() and (not dash or last.isdecimal())):
+            raise UserError(f"not a list of CPUs: {text!r}", cure="write such as 0,2 or 0-3")
+        cpus += range(int(first), int(last if dash else first) + 1)
+    return tuple(cpus)
+
+
+def hostname(text: str) -> str:
+    """A name that sethostname(2) and DNS both take."""
+    if not _HOSTNAME.fullmatch(text):
+        raise UserError(
+            f"not a host name: {text!r}", cure="use letters, digits, '-' and '.', at most 64"
+        )
+    return text
+
+
+def machine(function: F) -> F:
+    """The options that say what the machine is."""
+    section = "Machine"
+    return _apply(
+        function,
+        option(
+            section,
+            "--engine",
+            type=click.Choice(["auto", "kvm", "qemu"]),
+            default="auto",
+            help="What runs it; auto takes kvm if this host's KVM runs Linux at speed, else qemu.",
+        ),
+        option(section, "--cpus", type=int, default=1, metavar="N", help="vCPUs. [default: 1]"),
+        option(
+            section,
+            "-m",
+            "--memory",
+            type=parse_size,
+            metavar="SIZE",
+            help="Memory, such as 512M or 2G. [default: 512M]",
+        ),
+        option(
+            section,
+            "--kernel",
+            default="",
+            metavar="PATH|RELEASE",
+            shell_complete=complete_kernel,
+            help="Guest kernel. [default: the newest of `hostel kernel ls`]",
+        ),
+        option(
+            section,
+            "--initrd",
+            default="",
+            metavar="PATH",
+            shell_complete=complete_path,
+            help="A further initramfs.",
+        ),
+        option(section, "--append", default="", metavar="TEXT", help="More kernel command line."),
+        option(
+            section,
+            "--disk",
+            "disks",
+            type=disk,
+            multiple=True,
+            metavar="PATH[:ro]",
+            shell_complete=complete_path,
+            help="A raw disk image or block device.",
+        ),
+        option(
+            section,
+            "--pin",
+            type=cpu_list,
+            default=(),
+            metavar="LIST",
+            help="The pCPU of each vCPU, such as 2,3.",
+        ),
+        option(section, "--hugepages", is_flag=True, help="Memory from the host's hugepages."),
+        option(
+            section,
+            "--transport",
+            type=click.Choice(["pci", "mmio"]),
+            default="pci",
+            help="How virtio devices are attached. [default: pci]",
+        ),
+    )
+
+
+def output(function: F) -> F:
+    """How much hostel says."""
+    section = "Output"
+    return _apply(
+        function,
+        _voice(section, "-q", "--quiet", help="Say nothing but errors."),
+        _voice(section, "--verbose", help="Say what is done."),
+        _voice(section, "--debug", help="Say everything; a bug shows its traceback."),
+    )
+
+
+def _voice(section: str, *names: str, help: str) -> Callable[[F], F]:
+    def set_voice(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        setattr(say, param.name or "", value)
+
+    return option(
+        section,
+        *names,
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=set_voice,
+        help=help,
+    )
+
+
+def _apply(function: F, *options: Callable[[F], F]) -> F:
+    """Decorators are applied from the last to the first, so that help shows them in this order."""
+    for one in reversed(options):
+        function = one(function)
+    return function
+
+
+def complete_path(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+    """The shell completes file names itself, when told to."""
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="file")]
+
+
+def complete_kernel(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+    from hostel.host import kernels
+
+    if "/" in incomplete:
+        return complete_path(ctx, param, incomplete)
+    return [k.release for k in kernels.survey() if k.release.startswith(incomplete)]
+
+
+def environment(
+    pairs: Iterable[str], files: Iterable[str], host: Mapping[str, str]
+) -> dict[str, str]:
+    """What ``--env-file`` and ``-e`` say, later ones first heard; a bare name copies the host's."""
+    given: dict[str, str] = {}
+    for line in (*(line for path in files for line in _env_lines(path)), *pairs):
+        name, equals, value = line.partition("=")
+        if not name or "\0" in line:
+            raise UserError(
+                f"not a variable: {line!r}", cure="write NAME=VALUE, or NAME to copy the host's"
+            )
+        if equals:
+            given[name] = value
+        elif name in host:
+            given[name] = host[name]
+    return given
+
+
+def _env_lines(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            lines = [line.rstrip("\n") for line in file]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]

@@ -1,0 +1,372 @@
+"""``hostel run``: a command in a fresh machine, as if it ran here.
+
+::
+
+    options ──> MachineSpec ──> Machine: start, wait_ready ──> popen ──> wait ──> exit code
+                   └─ --dry-run: the plan, shown
+
+Standard output carries the guest's bytes only; the client of the agent pumps the three streams. What
+hostel says goes to standard error (``say.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hostel.errors import UserError
+from hostel.spec import DEFAULT_MEMORY, Disk, MachineSpec, Root, Volume
+
+from . import options as opt
+from . import terminal
+from .entry import TIMED_OUT
+from .options import option
+from .say import say
+
+if TYPE_CHECKING:
+    from hostel.guest.client import ExitStatus
+    from hostel.machine import Machine
+    from hostel.plan import Plan
+
+    from .signals import Signals
+
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+DEFAULT_STOP_TIMEOUT = 10.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What the command line said."""
+
+    command: tuple[str, ...]
+    engine: str
+    cpus: int
+    memory: int | None
+    kernel: str
+    initrd: str
+    append: str
+    disks: tuple[Disk, ...]
+    pin: tuple[int, ...]
+    hugepages: bool
+    transport: str
+    root: str
+    volumes: tuple[Volume, ...]
+    tmpfs: tuple[str, ...]
+    read_only: bool
+    env: tuple[str, ...]
+    env_file: tuple[str, ...]
+    workdir: str
+    user: str
+    hostname: str
+    name: str
+    tty: bool | None
+    stdin: bool
+    timeout: float | None
+    stop_timeout: float
+    console: bool
+    as_json: bool
+    dry_run: bool
+    rm: bool
+
+
+@click.command("run", cls=opt.Command)
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[--] [CMD [ARG…]]")
+@option(
+    "Command",
+    "-e",
+    "--env",
+    multiple=True,
+    metavar="NAME[=VALUE]",
+    help="Set a variable; a bare NAME copies the host's.",
+)
+@option("Command", "--env-file", multiple=True, metavar="FILE", help="Variables, one a line.")
+@option(
+    "Command",
+    "-w",
+    "--workdir",
+    default="",
+    metavar="DIR",
+    help="Where CMD starts. [default: this directory if the root is the host's, else /]",
+)
+@option(
+    "Command",
+    "-u",
+    "--user",
+    default="",
+    metavar="USER[:GROUP]",
+    help="Who runs CMD: names or numbers. [default: you]",
+)
+@option(
+    "Command",
+    "-t/-T",
+    "--tty/--no-tty",
+    "tty",
+    default=None,
+    help="A terminal for CMD. [default: if input and output are terminals]",
+)
+@option(
+    "Command",
+    "-i",
+    "--interactive/--no-stdin",
+    "stdin",
+    default=True,
+    help="Pass standard input on. [default: yes]",
+)
+@option(
+    "Command",
+    "--timeout",
+    type=opt.duration,
+    metavar="TIME",
+    help="End CMD after so long, such as 90, 1.5 or 2m; the exit code is then 124.",
+)
+@option(
+    "Command",
+    "--stop-timeout",
+    type=opt.duration,
+    default=DEFAULT_STOP_TIMEOUT,
+    metavar="TIME",
+    help="How long CMD may take to end when told to. [default: 10]",
+)
+@option(
+    "Files",
+    "--root",
+    default="host",
+    metavar="host|PATH",
+    shell_complete=opt.complete_path,
+    help="The root: this host's, a directory or a disk image, under a layer of its own.",
+)
+@option(
+    "Files",
+    "-v",
+    "--volume",
+    "volumes",
+    type=opt.volume,
+    multiple=True,
+    metavar="HOST:GUEST[:ro]",
+    help="A file or directory of the host, shared.",
+)
+@option("Files", "--tmpfs", multiple=True, metavar="DIR", help="An empty file system in memory.")
+@option("Files", "--read-only", is_flag=True, help="The root cannot be written.")
+@opt.machine
+@option("Machine", "--name", default="", metavar="NAME", help="The machine's name.")
+@option(
+    "Machine",
+    "-H",
+    "--hostname",
+    type=opt.hostname,
+    default="",
+    metavar="NAME",
+    help="Its host name.",
+)
+@option("Machine", "--rm", is_flag=True, help="Remove it at its end: what always happens.")
+@option("Output", "--console", is_flag=True, help="Show the guest's console, on standard error.")
+@option(
+    "Output",
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="What was run and how long it took, as the last line of standard error.",
+)
+@option("Output", "--dry-run", is_flag=True, help="Show what would be started.")
+@opt.output
+def command(**given: Any) -> int:
+    """Run CMD in a fresh virtual machine and exit with its exit code.
+
+    The machine's root is a view of this host's: what CMD writes is gone at the end. CMD runs as you, in
+    this directory. Without CMD, on a terminal: a shell.
+    """
+    options = Options(**given)
+    spec = machine_spec(options)
+    if options.dry_run:
+        return _dry_run(spec, options.as_json)
+    return _Run(options, spec).run()
+
+
+def machine_spec(options: Options) -> MachineSpec:
+    """The machine of the command line."""
+    return MachineSpec(
+        name=options.name,
+        engine=options.engine,  # type: ignore[arg-type]  # click has checked the choice
+        cpus=options.cpus,
+        pin=options.pin,
+        memory=DEFAULT_MEMORY if options.memory is None else options.memory,
+        hugepages=options.hugepages,
+        kernel=options.kernel,
+        initrd=options.initrd,
+        append=options.append,
+        transport=options.transport,  # type: ignore[arg-type]
+        root=_root(options.root),
+        read_only=options.read_only,
+        disks=options.disks,
+        volumes=options.volumes,
+        tmpfs=options.tmpfs,
+        hostname=options.hostname,
+    )
+
+
+def _root(text: str) -> Root:
+    if text == "host":
+        return Root()
+    path = os.path.abspath(text)
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise UserError(
+            f"root {text}: {error.strerror}", cure="give host, a directory or a disk image"
+        ) from None
+    return Root(kind="directory" if stat.S_ISDIR(mode) else "image", path=path)
+
+
+def _dry_run(spec: MachineSpec, as_json: bool) -> int:
+    from hostel.machine import Machine
+
+    plan = Machine(spec).plan
+    rows = _rows(plan)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(rows))
+    else:
+        for name, value in rows.items():
+            click.echo(f"{name:<9} {' '.join(value) if isinstance(value, list) else value}")
+    return 0
+
+
+class _Run:
+    """One run, from the machine's start to its end."""
+
+    def __init__(self, options: Options, spec: MachineSpec) -> None:
+        self._options = options
+        self._spec = spec
+        self._tty = terminal.interactive() if options.tty is None else options.tty
+        self._argv = self._command()
+        self._env = self._environment()
+        self._cwd = self._directory()
+
+    def run(self) -> int:
+        from hostel.machine import Machine
+
+        from .signals import Signals
+
+        options = self._options
+        signals = Signals(timeout=options.timeout, stop_timeout=options.stop_timeout)
+        with signals, Machine(self._spec) as machine:
+            self._boot(machine)
+            status, seconds = self._execute(machine, signals)
+            signals.ending()
+        if status.error:
+            say.fail(f"{self._argv[0]}: {status.error}")
+        code = TIMED_OUT if signals.timed_out else status.returncode
+        self._report(machine, code, seconds)
+        return code
+
+    def _boot(self, machine: Machine) -> None:
+        """Until the guest can run commands; what runs it is said first, should it fail."""
+        plan = machine.plan
+        if self._options.console:
+            machine.console.subscribe(_to_stderr, replay=True)
+        elif self._spec.engine == "auto":
+            say.note(f"engine {plan.engine}: {plan.reason}")
+        else:
+            say.detail(f"engine {plan.engine}: {plan.reason}")
+        say.detail(f"kernel {plan.kernel}")
+        say.detail(f"command line: {plan.cmdline}")
+        say.progress(f"hostel: booting Linux {plan.release} …")
+        try:
+            machine.wait_ready()
+        finally:
+            say.progress("")
+
+    def _execute(self, machine: Machine, signals: Signals) -> tuple[ExitStatus, float]:
+        begun = time.monotonic()
+        with terminal.raw() if self._tty else contextlib.nullcontext():
+            process = machine.popen(
+                self._argv,
+                env=self._env,
+                cwd=self._cwd,
+                user=self._options.user or None,
+                tty=terminal.size() if self._tty else None,
+                stdin=terminal.STDIN if self._options.stdin else None,
+                stdout=terminal.STDOUT,
+                stderr=terminal.STDERR,
+            )
+            signals.running(process)
+            status = process.wait()
+        return status, time.monotonic() - begun
+
+    def _report(self, machine: Machine, code: int, seconds: float) -> None:
+        timings = {**machine.timings, "command": seconds}
+        words = ", ".join(f"{name} {value:.2f} s" for name, value in timings.items())
+        say.detail(f"exit code {code}; {words}")
+        if self._options.as_json:
+            import json
+
+            plan = machine.plan
+            record = {**_rows(plan), "exit_code": code, "timings": timings}
+            sys.stderr.write(json.dumps(record) + "\n")
+
+    def _command(self) -> list[str]:
+        if self._options.command:
+            return list(self._options.command)
+        if not (self._tty and terminal.interactive()):
+            raise click.UsageError(
+                "no command, and no terminal for a shell", click.get_current_context()
+            )
+        from hostel.host.user import caller
+
+        return [caller().shell if self._host_root else "/bin/sh"]
+
+    @property
+    def _host_root(self) -> bool:
+        return self._spec.root.kind == "host"
+
+    def _environment(self) -> dict[str, str]:
+        """Nothing of the host's but what is asked for, and the caller's own account. For any other user
+        the agent adds HOME, USER, LOGNAME and SHELL: it knows the guest's accounts."""
+        from hostel.host.user import caller
+
+        own = self._host_root and not self._options.user
+        env = {"PATH": PATH, **(caller().environment() if own else {})}
+        if self._tty:
+            env["TERM"] = os.environ.get("TERM", "linux")
+        options = self._options
+        return env | opt.environment(options.env, options.env_file, os.environ)
+
+    def _directory(self) -> str | None:
+        if self._options.workdir:
+            if not self._options.workdir.startswith("/"):
+                raise UserError(f"--workdir must be absolute, not {self._options.workdir!r}")
+            return self._options.workdir
+        if not self._host_root:
+            return None
+        try:
+            return os.getcwd()
+        except OSError as error:
+            raise UserError(
+                f"your directory is gone: {error.strerror}", cure="give --workdir"
+            ) from None
+
+
+def _rows(plan: Plan) -> dict[str, Any]:
+    """A plan for people and programs."""
+    return {
+        "engine": plan.engine,
+        "reason": plan.reason,
+        "kernel": str(plan.kernel),
+        "release": plan.release,
+        "cpus": plan.spec.cpus,
+        "memory": plan.spec.memory,
+        "cmdline": plan.cmdline,
+    }
+
+
+def _to_stderr(data: bytes) -> None:
+    with contextlib.suppress(OSError):
+        os.write(terminal.STDERR, data)
