@@ -25,7 +25,7 @@ class Wire:
 class Port:
     """A serial port from the driver's side."""
 
-    def __init__(self, *, later: Callable[[Callable[[], None]], None] | None = None) -> None:
+    def __init__(self, *, later: Callable[[Serial], None] | None = None) -> None:
         self.wire = Wire()
         self.out: list[bytes] = []
         self.host_input = bytearray()
@@ -78,19 +78,19 @@ def test_fifo_is_recognised_as_a_16550a(port: Port) -> None:
 
 
 def test_output_is_batched_by_line() -> None:
-    waiting: list[Callable[[], None]] = []
+    waiting: list[Serial] = []
     port = Port(later=waiting.append)
     for byte in b"one\ntwo":
         port.put(DATA, byte)
     assert port.out == [b"one\n"]
     assert len(waiting) == 2  # one for each batch that began
-    for flush in waiting:
-        flush()
+    for uart in waiting:
+        uart.flush()
     assert port.out == [b"one\n", b"two"]
 
 
 def test_a_long_line_is_not_kept() -> None:
-    port = Port(later=lambda flush: None)
+    port = Port(later=lambda uart: None)
     for _ in range(600):
         port.put(DATA, 0x78)
     assert port.out == [b"x" * 256, b"x" * 256]
@@ -232,7 +232,7 @@ def test_state_survives_save_and_load(port: Port) -> None:
 
 
 def test_reset_hands_on_what_was_written() -> None:
-    port = Port(later=lambda flush: None)
+    port = Port(later=lambda uart: None)
     port.put(DATA, 0x21)
     port.uart.reset()
     assert port.out == [b"!"]

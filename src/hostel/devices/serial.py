@@ -17,7 +17,7 @@ FIFO is refilled from the host as soon as the guest has emptied it. Input is pul
 pushed, so nothing is lost to a slow guest.
 
 Output is handed on in batches: at each newline, when 256 bytes have come together, and otherwise a
-moment later (``later`` calls ``flush`` in a few milliseconds, with the device's lock held).
+moment later (``later`` is asked to call ``flush`` in a few milliseconds, as the bus enters a device).
 
 The interrupt is a level here: high while an enabled cause is pending (data sheet §8.5). Whoever wires
 it to an edge-triggered pin gets one edge each time it rises.
@@ -57,7 +57,7 @@ class Serial:
         output: Callable[[bytes], None],
         *,
         source: Callable[[int], bytes] = lambda limit: b"",
-        later: Callable[[Callable[[], None]], None] | None = None,
+        later: Callable[[Serial], None] | None = None,
     ) -> None:
         self._interrupt = interrupt
         self._output = output
@@ -126,7 +126,7 @@ class Serial:
             self.flush()
         elif not self._flush_is_due:
             self._flush_is_due = True
-            self._later(self.flush)
+            self._later(self)
 
     def _loop_back(self, value: int) -> None:
         if len(self.fifo) < (FIFO_SIZE if self.fcr & FCR_ENABLE else 1):

@@ -2,9 +2,9 @@
 
 ::
 
-    prepare ──► vcpu.run() ──exit──► table[type(exit)] ──► bus … ─┐
-                  ▲                                               │
-                  └───────────── until stop() ────────────────────┘
+    ──► vcpu.run() ──exit──► table[type(exit)] ──► bus … ─┐
+          ▲                                               │
+          └───────────── until stop() ────────────────────┘
 
 Rules: nothing escapes this thread. What the guest did wrong, what KVM refused and what is a bug of
 ours all become one call of ``on_error`` with a HostelError of one line, and the thread ends.
@@ -51,7 +51,7 @@ _INTERNAL_ERRORS = {  # KVM_INTERNAL_ERROR_*
 
 
 class VcpuThread:
-    """``start`` to ``stop``. ``prepare`` runs first, on the thread: a vCPU belongs to who runs it."""
+    """``start`` to ``stop``."""
 
     def __init__(
         self,
@@ -59,14 +59,12 @@ class VcpuThread:
         ports: Bus,
         mmio: Bus,
         *,
-        prepare: Callable[[], None],
         on_event: Callable[[int], None],
         on_error: Callable[[HostelError], None],
         pcpu: int | None = None,
     ) -> None:
         self.vcpu = vcpu
         self.tid = 0
-        self._prepare = prepare
         self._on_event = on_event
         self._on_error = on_error
         self._pcpu = pcpu
@@ -116,7 +114,6 @@ class VcpuThread:
         try:
             self.tid = threading.get_native_id()
             self._pin()
-            self._prepare()
             self._loop()
         except HostelError as error:
             self._on_error(error)

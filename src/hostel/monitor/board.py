@@ -1,0 +1,205 @@
+"""One power-on of a machine: everything that a reset throws away.
+
+``_build`` reads top to bottom as a start-up list; ``close`` undoes it from the bottom. The console and
+the event loop are the monitor's and outlive it.
+
+In the kernel are: the PIC, the IOAPIC, the LAPICs (each would cost an exit an interrupt) and the PIT,
+which a kernel that knows kvm-clock never touches, but which small kernels live by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+from hostel.abi import kvm as abi
+from hostel.boot.acpi import AcpiConfig, write_tables
+from hostel.boot.entry import EntryState
+from hostel.boot.load import load_kernel
+from hostel.console import Console
+from hostel.errors import HostelError
+from hostel.kvm import System, Vcpu, Vm
+from hostel.memory import GuestMemory
+from hostel.plan import Plan
+from hostel.vmm import cpu, layout
+from hostel.vmm.bus import Bus, Device
+from hostel.vmm.irq import InterruptTable
+from hostel.vmm.loop import EventLoop
+from hostel.vmm.pci import PciBus
+from hostel.vmm.vcpu_thread import VcpuThread
+
+from .seats import SEATS
+
+FLUSH_SECONDS = 0.01
+"""How long a piece of a line may wait in the serial port."""
+
+
+class Owner(Protocol):
+    """Who is told what becomes of the board; on any thread, a vCPU's too."""
+
+    def poweroff(self) -> None: ...
+    def reset(self) -> None: ...
+    def debug_exit(self, code: int) -> None: ...
+    def system_event(self, type: int) -> None: ...
+    def failed(self, error: HostelError) -> None: ...
+
+
+class Board:
+    """Built, then ``start``, then ``close``."""
+
+    console: Console
+    owner: Owner
+    memory: GuestMemory
+    vm: Vm
+    interrupts: InterruptTable
+
+    def __init__(self, plan: Plan, loop: EventLoop, console: Console, owner: Owner) -> None:
+        self.plan = plan
+        self.loop = loop
+        self.console = console
+        self.owner = owner
+        self._undo = ExitStack()
+        try:
+            self._build()
+        except BaseException:
+            self._undo.close()
+            raise
+
+    def _build(self) -> None:
+        spec = self.plan.spec
+        self.memory = GuestMemory(spec.memory, hugepages=spec.hugepages)
+        self._undo.callback(self.memory.close)
+        with System() as system:
+            self.vm = self._undo.enter_context(system.create_vm())
+            self._map_memory()
+            self._create_irqchip()
+            self.interrupts = InterruptTable(self.vm)
+            self._undo.callback(self.interrupts.close)
+            self.ports, self.mmio = Bus(), Bus()
+            self._seat_devices()
+            self._seat_pci()
+            entry = self._load_kernel()
+            self.vcpus = [self._create_vcpu(id) for id in range(spec.cpus)]
+            self._prepare_vcpus(system, entry)
+        self.threads = [self._create_thread(vcpu) for vcpu in self.vcpus]
+
+    def start(self) -> None:
+        for thread in self.threads:
+            thread.start()
+
+    def halt(self) -> None:
+        """Ask every vCPU to come out; from any thread."""
+        for thread in self.threads:
+            thread.request_stop()
+
+    def close(self) -> bool:
+        """Whether all is given back. A vCPU thread that does not end keeps what it may still use."""
+        self.halt()
+        if not all([thread.stop() for thread in self.threads]):
+            return False
+        for device in self.ports.devices():
+            if flush := getattr(device, "flush", None):
+                self.enter(device, flush)
+        self._undo.close()
+        return True
+
+    # -- the list's steps ---------------------------------------------------------------------
+
+    def _map_memory(self) -> None:
+        for slot, region in enumerate(self.memory.regions):
+            self.vm.map(slot, region)
+
+    def _create_irqchip(self) -> None:
+        self.vm.set_identity_map_address(layout.KVM_IDENTITY_MAP)
+        self.vm.set_tss_address(layout.KVM_TSS)
+        self.vm.create_irqchip()
+        self.vm.create_pit()
+
+    def _seat_devices(self) -> None:
+        for seat in SEATS:
+            self.ports.add(seat.port, seat.size, seat.make(self), seat.name, width=seat.width)
+
+    def _seat_pci(self) -> None:
+        self.pci = PciBus(self.mmio)
+        self._undo.callback(self.pci.close)
+        self.mmio.add(layout.ECAM_START, layout.ECAM_SIZE, self.pci, "pci")
+
+    def _load_kernel(self) -> EntryState:
+        plan = self.plan
+        rsdp = write_tables(self.memory, AcpiConfig(apic_ids=range(plan.spec.cpus)))
+        return load_kernel(
+            self.memory, plan.kernel, cmdline=plan.cmdline, initrd=plan.initrd, rsdp=rsdp
+        )
+
+    def _create_vcpu(self, id: int) -> Vcpu:
+        return self._undo.enter_context(self.vm.create_vcpu(id))
+
+    def _prepare_vcpus(self, system: System, entry: EntryState) -> None:
+        """The boot processor enters the kernel; the others wait in KVM for its start-up message."""
+        supported = system.supported_cpuid()
+        tsc_deadline = bool(system.check(abi.CAP_TSC_DEADLINE_TIMER))
+        tsc_khz = self.vcpus[0].get_tsc_khz()
+        for vcpu in self.vcpus:
+            vcpu.set_cpuid(
+                cpu.cpuid(
+                    supported,
+                    vcpu=vcpu.id,
+                    count=len(self.vcpus),
+                    tsc_khz=tsc_khz,
+                    tsc_deadline=tsc_deadline,
+                )
+            )
+            vcpu.set_msrs(cpu.initial_msrs())
+        first = self.vcpus[0]
+        first.set_lapic(cpu.wire_lapic(first.get_lapic()))
+        entry.apply(first)
+
+    def _create_thread(self, vcpu: Vcpu) -> VcpuThread:
+        pin = self.plan.spec.pin
+        return VcpuThread(
+            vcpu,
+            self.ports,
+            self.mmio,
+            on_event=self.owner.system_event,
+            on_error=self.owner.failed,
+            pcpu=pin[vcpu.id] if pin else None,
+        )
+
+    # -- devices from the host's side ---------------------------------------------------------
+
+    def enter(self, device: Device, call: Callable[[], None]) -> None:
+        """Call into ``device`` as the bus would: alone."""
+        with self.ports.lock(device):
+            call()
+
+    def enter_later(self, device: Device, call: Callable[[], None]) -> None:
+        self.loop.call_later(FLUSH_SECONDS, lambda: self.enter(device, call))
+
+    def poll_input(self) -> None:
+        """The console has input."""
+        for device in self.ports.devices():
+            if poll := getattr(device, "poll_input", None):
+                self.enter(device, poll)
+
+    # -- statistics ---------------------------------------------------------------------------
+
+    def statistics(self) -> dict[str, Any]:
+        return {
+            "devices": self.ports.statistics() | self.mmio.statistics(),
+            "unclaimed": {
+                "ports": {f"{port:#x}": count for port, count in self.ports.unclaimed.items()},
+                "mmio": {f"{address:#x}": count for address, count in self.mmio.unclaimed.items()},
+            },
+            "exits": [thread.exits for thread in self.threads],
+            "kvm": self._kvm_statistics(),
+        }
+
+    def _kvm_statistics(self) -> dict[str, Any]:
+        vm = self.vm.open_stats()
+        vcpus = [vcpu.open_stats() for vcpu in self.vcpus]
+        try:
+            return {"vm": vm.read(), "vcpus": [stats.read() for stats in vcpus]}
+        finally:
+            for stats in (vm, *vcpus):
+                stats.close()

@@ -1,0 +1,217 @@
+"""One machine of engine ``kvm``, from ``start`` to its ending.
+
+::
+
+                    ┌──────────── reset, and on_reboot "restart" ───────────┐
+                    ▼                                                       │
+    start ──► Board running ──poweroff, reset, panic, crash, …──► _settle ──┴──► Ending
+                    └──────────────────── stop ───────────────────┘
+
+Whatever ends a power-on is reported once, on any thread, and only stops the vCPUs there. A thread of
+its own (``_settle``) then takes the board down, for no vCPU can wait for itself.
+
+Lock order: a device's lock, then ``_lock``. With ``_lock`` held nothing of the board is waited for.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
+
+from hostel.console import Console
+from hostel.errors import GuestError, HostelError, MachineStopped, SpecError
+from hostel.plan import Ending, Plan
+from hostel.vmm.loop import EventLoop
+from hostel.vmm.vcpu_thread import bug
+
+from .board import Board
+from .panic import PanicWatch
+
+EVENT_SHUTDOWN, EVENT_RESET = 1, 2  # KVM_SYSTEM_EVENT_*
+
+
+class Monitor:
+    """Implements ``plan.Engine``; to its board it is the ``Owner``."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.console = Console(log=plan.runtime / "console.log")
+        self.restarts = 0
+        self._life = threading.Lock()
+        """Held while ``start`` runs."""
+        self._lock = threading.Lock()
+        self._report: Ending | None = None
+        """Why the present board is to go."""
+        self._stopping = False
+        self._ending: Ending | None = None
+        self._settled = threading.Event()
+        self._undo = ExitStack()
+        self._board: Board | None = None
+        self._agent: socket.socket | None = None
+        self._statistics: dict[str, Any] = {}
+
+    # -- the engine's contract ----------------------------------------------------------------
+
+    @property
+    def agent(self) -> socket.socket:
+        if self._agent is None:
+            raise ValueError("a machine without agent, or one that has not started")
+        return self._agent
+
+    def start(self) -> None:
+        """Any HostelError leaves nothing behind."""
+        with self._life:
+            if self._settled.is_set():
+                raise MachineStopped("this machine has been stopped")
+            try:
+                check_pins(self.plan.spec.pin)
+                self._open()
+                self._power_on()
+            except BaseException:
+                self._undo.close()
+                raise
+
+    def wait(self, timeout: float | None = None) -> Ending | None:
+        return self._ending if self._settled.wait(timeout) else None
+
+    def stop(self) -> None:
+        """Not from the event loop or a console's subscriber: it waits for both."""
+        with self._life, self._lock:
+            self._stopping = True
+            never_started = self._board is None and self._report is None
+        if never_started:
+            self._finish(Ending("stopped"))
+        else:
+            self._end(Ending("stopped"))
+        self._settled.wait()
+
+    def statistics(self) -> dict[str, Any]:
+        """Counters of the present power-on; the last ones when it has ended."""
+        with self._lock:
+            if self._board is not None and self._report is None:
+                self._statistics = self._board.statistics() | self._own_statistics()
+            return self._statistics
+
+    # -- what the board reports, from any thread ----------------------------------------------
+
+    def poweroff(self) -> None:
+        self._end(Ending("poweroff"))
+
+    def reset(self) -> None:
+        self._end(Ending("reset"))
+
+    def debug_exit(self, code: int) -> None:
+        self._end(Ending("debug-exit", code=code))
+
+    def system_event(self, type: int) -> None:
+        if type == EVENT_SHUTDOWN:
+            self.poweroff()
+        elif type == EVENT_RESET:
+            self.reset()
+        else:
+            self._end(Ending("crash", f"the guest reported a crash (KVM system event {type})"))
+
+    def failed(self, error: HostelError) -> None:
+        self._end(Ending("crash" if isinstance(error, GuestError) else "error", str(error)))
+
+    def _halted_in_panic(self) -> None:
+        self._end(Ending("panic", self._panic.message))
+
+    def _loop_failed(self, error: Exception) -> None:
+        self.failed(error if isinstance(error, HostelError) else bug(error))
+
+    # -- life cycle ---------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        """What outlives a reset."""
+        self._undo.callback(self.console.close)
+        self._loop = EventLoop(self._loop_failed)
+        self._undo.callback(self._loop.stop)
+        self._loop.start()
+        self._panic = PanicWatch(self.console, self._loop.call_later, self._halted_in_panic)
+        self._undo.callback(self._panic.cancel)
+        self.console.on_input = lambda: self._loop.call_soon(self._input)
+
+    def _input(self) -> None:
+        if (board := self._board) is not None:
+            board.poll_input()
+
+    def _power_on(self) -> None:
+        board = Board(self.plan, self._loop, self.console, self)
+        self._panic.power_on()
+        with self._lock:
+            stopping = self._stopping
+            if not stopping:
+                self._report = None
+                self._board = board
+                board.start()
+        if stopping:
+            board.close()
+
+    def _end(self, report: Ending) -> None:
+        """The first report counts."""
+        with self._lock:
+            if self._report is not None:
+                return
+            self._report = report
+            board = self._board
+            if board is not None:
+                self._statistics = board.statistics() | self._own_statistics()
+                board.halt()
+        threading.Thread(target=self._settle, name="hostel-settle", daemon=True).start()
+
+    def _settle(self) -> None:
+        """Take the board down; then another power-on, or the ending."""
+        try:
+            ending = self._power_off()
+            if ending.kind == "reset" and self.plan.spec.on_reboot == "restart":
+                self.restarts += 1
+                self._power_on()
+                if not self._stopping:
+                    return
+                ending = Ending("stopped")
+        except HostelError as error:
+            ending = Ending("error", str(error))
+        except Exception as error:
+            ending = Ending("error", str(bug(error)))
+        self._finish(ending)
+
+    def _power_off(self) -> Ending:
+        board, self._board = self._board, None
+        report = self._report
+        assert report is not None
+        if board is not None and not board.close():
+            return Ending("error", "a vCPU's thread did not end")
+        if report.kind == "reset" and self._panic.message:
+            return Ending("panic", self._panic.message)
+        return report
+
+    def _finish(self, ending: Ending) -> None:
+        self._undo.close()
+        self._ending = ending
+        self._settled.set()
+
+    # -- statistics ---------------------------------------------------------------------------
+
+    def _own_statistics(self) -> dict[str, Any]:
+        return {
+            "engine": "kvm",
+            "restarts": self.restarts,
+            "console_bytes": self.console.total,
+            "threads": len(os.listdir("/proc/self/task")),
+            "fds": len(os.listdir("/proc/self/fd")),
+        }
+
+
+def check_pins(pin: Iterable[int]) -> None:
+    """That this process may run on each of these pCPUs."""
+    allowed = os.sched_getaffinity(0)
+    if wrong := sorted(set(pin) - allowed):
+        raise SpecError(
+            f"there is no pCPU {wrong[0]} to pin a vCPU to",
+            cure=f"choose among {', '.join(map(str, sorted(allowed)))}",
+        )
