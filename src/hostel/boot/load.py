@@ -6,15 +6,17 @@
     low RAM        the initrd: as high as the kernel allows, or behind it (multiboot)
     below 640 KiB  command line, start information, memory map, GDT, page tables   (vmm/layout.py)
 
-The memory must be all zeros, as it is when new: what no file fills (bss) is not touched.
+What no file fills (bss) must be zero. New memory is, and is then not touched; memory that a machine
+had before a reset is made so.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
-from hostel.errors import ImageError, MemoryFault, SpecError
+from hostel.errors import HostError, ImageError, MemoryFault, SpecError
 from hostel.memory import GuestMemory
 from hostel.vmm import layout
 
@@ -69,6 +71,31 @@ def load_segments(memory: GuestMemory, image: KernelImage) -> None:
                 cure=f"give it more than {-(-image.end >> 20)} MiB",
             ) from None
         image.source.read_into(segment.offset, view[: segment.filesz])
+        _zero(memory, segment.paddr + segment.filesz, segment.memsz - segment.filesz)
+
+
+def _zero(memory: GuestMemory, address: int, size: int) -> None:
+    """Only what the memory's file holds: a hole is zero, and to write to it would cost its pages."""
+    region = next(region for region in reversed(memory.regions) if region.gpa <= address)
+    shift = region.gpa - region.offset
+    end = address + size
+    while address < end and (data := _seek_data(memory.fd, address - shift)) is not None:
+        start = data + shift
+        stop = min(os.lseek(memory.fd, data, os.SEEK_HOLE) + shift, end)
+        if start >= end:
+            return
+        memory.write(start, bytes(stop - start))
+        address = stop
+
+
+def _seek_data(fd: int, offset: int) -> int | None:
+    """Where the next bytes are that are no hole. hugetlbfs knows no holes and says: here."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        raise HostError(f"cannot look into guest memory: {error.strerror}") from None
 
 
 def _load_cmdline(memory: GuestMemory, image: KernelImage, cmdline: str) -> Blob:
