@@ -19,7 +19,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import click
 
@@ -30,6 +29,8 @@ from .options import Group, meant, show_help
 from .say import say
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+_COMPLETE = "_HOSTEL_COMPLETE"
 
 OK = 0
 TIMED_OUT = 124
@@ -124,11 +125,17 @@ def _interrupt(number: int, _frame: object) -> None:
 
 
 def _run(argv: list[str]) -> int:
+    if _COMPLETE in os.environ:
+        hostel.main(argv, prog_name="hostel", complete_var=_COMPLETE)
     try:
-        return _code(hostel.main(argv, prog_name="hostel", standalone_mode=False))
+        # Not hostel.main(): it has exit codes of its own for Ctrl-C and for a closed pipe.
+        with hostel.make_context("hostel", argv) as context:
+            return int(hostel.invoke(context) or OK)
+    except click.exceptions.Exit as done:
+        return done.exit_code
     except EndedBySignal as error:
         return 128 + error.number
-    except (KeyboardInterrupt, click.Abort):
+    except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
         return _failure(error)
@@ -150,10 +157,6 @@ def _failure(error: Exception) -> int:
 
         traceback.print_exception(error)
     return TIMED_OUT if isinstance(error, MachineTimeout) else FAILED
-
-
-def _code(result: Any) -> int:
-    return result if isinstance(result, int) else OK
 
 
 def _usage(error: click.ClickException) -> str:

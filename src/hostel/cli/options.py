@@ -22,6 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_CPU = re.compile(r"[0-9]{1,4}")
 _HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?")
 
 
@@ -125,9 +126,10 @@ def cpu_list(text: str) -> tuple[int, ...]:
     cpus: list[int] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        if not (first.isdecimal() and (not dash or last.isdecimal())):
+        last = last if dash else first
+        if not (_CPU.fullmatch(first) and _CPU.fullmatch(last)):
             raise UserError(f"not a list of CPUs: {text!r}", cure="write such as 0,2 or 0-3")
-        cpus += range(int(first), int(last if dash else first) + 1)
+        cpus += range(int(first), int(last) + 1)
     return tuple(cpus)
 
 
@@ -192,7 +194,6 @@ def machine(function: F) -> F:
             section,
             "--pin",
             type=cpu_list,
-            default=(),
             metavar="LIST",
             help="The pCPU of each vCPU, such as 2,3.",
         ),

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .signals import Signals
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-DEFAULT_STOP_TIMEOUT = 10.0
+STOP_TIMEOUT = "10"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +53,7 @@ class Options:
     initrd: str
     append: str
     disks: tuple[Disk, ...]
-    pin: tuple[int, ...]
+    pin: tuple[int, ...] | None
     hugepages: bool
     transport: str
     root: str
@@ -64,7 +64,7 @@ class Options:
     env_file: tuple[str, ...]
     workdir: str
     user: str
-    hostname: str
+    hostname: str | None
     name: str
     tty: bool | None
     stdin: bool
@@ -130,7 +130,7 @@ class Options:
     "Command",
     "--stop-timeout",
     type=opt.duration,
-    default=DEFAULT_STOP_TIMEOUT,
+    default=STOP_TIMEOUT,
     metavar="TIME",
     help="How long CMD may take to end when told to. [default: 10]",
 )
@@ -161,7 +161,6 @@ class Options:
     "-H",
     "--hostname",
     type=opt.hostname,
-    default="",
     metavar="NAME",
     help="Its host name.",
 )
@@ -195,7 +194,7 @@ def machine_spec(options: Options) -> MachineSpec:
         name=options.name,
         engine=options.engine,  # type: ignore[arg-type]  # click has checked the choice
         cpus=options.cpus,
-        pin=options.pin,
+        pin=options.pin or (),
         memory=DEFAULT_MEMORY if options.memory is None else options.memory,
         hugepages=options.hugepages,
         kernel=options.kernel,
@@ -207,7 +206,7 @@ def machine_spec(options: Options) -> MachineSpec:
         disks=options.disks,
         volumes=options.volumes,
         tmpfs=options.tmpfs,
-        hostname=options.hostname,
+        hostname=options.hostname or "",
     )
 
 
@@ -314,6 +313,8 @@ class _Run:
 
     def _command(self) -> list[str]:
         if self._options.command:
+            if not self._options.command[0]:
+                raise click.UsageError("an empty command", click.get_current_context())
             return list(self._options.command)
         if not (self._tty and terminal.interactive()):
             raise click.UsageError(
