@@ -13,6 +13,7 @@ import ctypes
 import functools
 import os
 import signal
+import threading
 
 from hostel.errors import HostError
 
@@ -33,9 +34,16 @@ class _Sigaction(ctypes.Structure):
     )
 
 
-def prepare_thread() -> None:
-    """Let the calling thread receive the kick: it may have inherited a mask that blocks it."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {kick_signal()})
+class _Here(threading.local):
+    """The calling thread, ready to be kicked: it may have inherited a mask that blocks the signal.
+
+    Made once a thread and gone with it. A cache by ``get_ident`` would be wrong: the next thread may
+    get the same one.
+    """
+
+    def __init__(self) -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {kick_signal()})
+        self.thread = threading.get_native_id()
 
 
 def kick_thread(thread: int) -> None:
@@ -56,3 +64,6 @@ def kick_signal() -> int:
             _libc.sigaction(number, ctypes.byref(ours), None)
             return number
     raise HostError("every real-time signal of this process is taken")
+
+
+here = _Here()

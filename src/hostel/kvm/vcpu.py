@@ -20,15 +20,15 @@ import os
 from collections.abc import Mapping, Sequence
 from fcntl import ioctl
 from struct import Struct
-from threading import get_ident, get_native_id
 from types import TracebackType
 
 from hostel.abi import kvm as abi
 from hostel.hypervisor import Exit, Interrupted
 from hostel.memory import map_shared
 
-from . import exits, kick
+from . import exits
 from .ioctl import call, refused
+from .kick import here, kick_thread
 from .lists import cpuid_entries, empty_cpuid, get_msrs, pack_cpuid, set_msrs
 from .stats import Stats
 
@@ -47,15 +47,13 @@ class Vcpu:
         self.id = id
         self._page = map_shared(fd, page_size)
         self._xsave_size = xsave_size
-        self._ident = 0
         self._thread = 0
 
     # --- Running ---
 
     def run(self) -> Exit:
         """KVM_RUN, api.rst §4.10: enter the guest until something is ours to answer."""
-        if self._ident != get_ident():
-            self._adopt_thread()
+        self._thread = here.thread
         page = self._page
         try:
             ioctl(self.fd, _RUN)
@@ -79,7 +77,7 @@ class Vcpu:
             return
         page[_IMMEDIATE_EXIT] = 1
         if self._thread:
-            kick.kick_thread(self._thread)
+            kick_thread(self._thread)
 
     def finish_msr(self, value: int = 0, *, fault: bool = False) -> None:
         """Answer an ``MsrExit``: the value read, or #GP in the guest (api.rst §5)."""
@@ -89,11 +87,6 @@ class Vcpu:
     def finish_hypercall(self, result: int) -> None:
         """Answer a ``HypercallExit``: what the guest finds in RAX."""
         _U64.pack_into(self._page, exits.HYPERCALL_RESULT, result)
-
-    def _adopt_thread(self) -> None:
-        kick.prepare_thread()
-        self._thread = get_native_id()
-        self._ident = get_ident()
 
     # --- Registers ---
 
