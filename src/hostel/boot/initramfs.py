@@ -24,7 +24,8 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ..errors import HostError, ImageError
+from hostel.errors import HostError, ImageError
+
 from . import modules as kernel_modules
 
 MODULE_DIRECTORY = "hostel/modules"

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import HostError
+from hostel.errors import HostError
 
 _FILE = re.compile(r"(.+)\.ko(\.xz|\.zst|\.gz)?")
 _MAX_MODULE = 256 << 20

@@ -15,8 +15,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ..boot.initramfs import cache_directory
-from ..errors import HostError, MissingTool
+from hostel.boot.initramfs import cache_directory
+from hostel.errors import HostError, MissingTool
+
 from .protocol import c_header
 
 _HERE = Path(__file__).parent

@@ -9,13 +9,14 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import AgentError, HostelError, MachineTimeout
+from hostel.errors import AgentError, HostelError, MachineTimeout
+
 from .connection import Connection
 from .process import ExitStatus, GuestProcess, Stream
-from .protocol import VERSION, Channel, ExecFlag, How, Reader, Type, Writer
+from .protocol import KEEP, KEEP_TIME, VERSION, Buffer, Channel, ExecFlag, How, Reader, Type, Writer
 from .steps import Step, encode_steps
 
 __all__ = ["AgentClient", "ExitStatus", "GuestProcess", "Hello", "Ids", "Tty"]
@@ -93,7 +94,9 @@ class AgentClient:
         token, start = f"{time.monotonic_ns()}".encode(), time.monotonic()
         self._connection.send(Type.PING, 0, token)
         with self._changed:
-            self._wait_for(lambda: token in self._pongs, "the guest's agent does not answer", timeout)
+            self._wait_for(
+                lambda: token in self._pongs, "the guest's agent does not answer", timeout
+            )
             self._pongs.discard(token)
         return time.monotonic() - start
 
@@ -133,11 +136,32 @@ class AgentClient:
         _attach(process, stdin, stdout, stderr)
         return process
 
-    def request(self, type: Type, payload: bytes | bytearray) -> Stream:
+    def request(self, type: Type, payload: Buffer) -> Stream:
         """A stream that is not a command: SETUP, PACK or UNPACK."""
         stream = Stream(self._connection)
         self._connection.send(type, stream.id, payload)
         return stream
+
+    def put(
+        self,
+        path: str,
+        data: bytes,
+        *,
+        mode: int = 0o644,
+        owner: Ids | None = None,
+        mtime_ns: int | None = None,
+    ) -> None:
+        """Writes one file in the guest. Trees: ``files.copy_in``."""
+        from . import files
+
+        ids, time_ns = owner or Ids(KEEP, KEEP), KEEP_TIME if mtime_ns is None else mtime_ns
+        files.put(self, path, data, mode=mode, uid=ids.uid, gid=ids.gid, mtime_ns=time_ns)
+
+    def get(self, path: str) -> bytes:
+        """Reads one file of the guest, up to 1 GiB. Larger ones and trees: ``files.copy_out``."""
+        from . import files
+
+        return files.get(self, path)
 
     def shutdown(self, how: How = How.POWEROFF) -> None:
         """Kills what runs, writes back and powers off or restarts. Returns at once; the machine's end
@@ -148,8 +172,7 @@ class AgentClient:
         """Ends the connection, not the guest."""
         self._connection.close()
 
-    def _wait_for(self, ready: object, what: str, timeout: float | None) -> None:
-        assert callable(ready)
+    def _wait_for(self, ready: Callable[[], object], what: str, timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
         while not ready():
             if self._error:
@@ -164,7 +187,9 @@ def _read_hello(payload: bytearray) -> Hello:
     fields = Reader(payload)
     version = fields.u32()
     if version != VERSION:
-        raise AgentError(f"the guest's agent speaks version {version} of the protocol, not {VERSION}")
+        raise AgentError(
+            f"the guest's agent speaks version {version} of the protocol, not {VERSION}"
+        )
     hello = Hello(
         version,
         fields.u32(),
@@ -185,7 +210,9 @@ def _write_user(message: Writer, user: str | Ids) -> None:
         message.string("").u32(user.uid, user.gid, len(user.groups), *user.groups)
 
 
-def _attach(process: GuestProcess, stdin: bool | int, stdout: int | None, stderr: int | None) -> None:
+def _attach(
+    process: GuestProcess, stdin: bool | int, stdout: int | None, stderr: int | None
+) -> None:
     if stdout is not None:
         process.pump_output(Channel.STDOUT, stdout)
     if stderr is not None:

@@ -21,9 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import AgentError, HostelError, MachineStopped, MachineTimeout
+from hostel.errors import AgentError, HostelError, MachineStopped, MachineTimeout
+
 from .connection import Connection
-from .protocol import MAX_PAYLOAD, WINDOW, Channel, ExitKind, Reader, Type, Writer
+from .protocol import MAX_PAYLOAD, WINDOW, Buffer, Channel, ExitKind, Reader, Type, Writer
 
 StreamName = Literal["stdout", "stderr"]
 
@@ -88,6 +89,7 @@ class Stream:
         self._outputs = {Channel.STDOUT: Output(), Channel.STDERR: Output()}
         self._window = WINDOW
         self._input_open = True
+        self._input_wake = -1
         self._status: ExitStatus | None = None
         self._error: HostelError | None = None
         self.id = connection.open(self)
@@ -101,7 +103,7 @@ class Stream:
             elif type is Type.DATA:
                 self._output(channel).add(payload)
             elif type is Type.EOF and channel == Channel.STDIN:
-                self._input_open = False
+                self._end_input()
             elif type is Type.EOF:
                 self._output(channel).ended = True
             elif type is Type.CREDIT and channel == Channel.STDIN:
@@ -113,7 +115,13 @@ class Stream:
     def failed(self, error: HostelError) -> None:
         with self._changed:
             self._error = error
+            self._end_input()
             self._changed.notify_all()
+
+    def _end_input(self) -> None:
+        self._input_open = False
+        if self._input_wake >= 0:
+            os.eventfd_write(self._input_wake, 1)
 
     def _output(self, channel: int) -> Output:
         if channel not in _NAMES:
@@ -127,7 +135,7 @@ class Stream:
 
     def _exit(self, payload: bytearray) -> None:
         self._connection.forget(self.id)
-        self._input_open = False
+        self._end_input()
         for output in self._outputs.values():
             output.ended = True
         try:
@@ -147,17 +155,19 @@ class Stream:
                 raise MachineTimeout("the command has not ended in time")
             self._changed.wait(left)
 
-    def write(self, data: bytes | bytearray | memoryview) -> None:
+    def write(self, data: Buffer) -> None:
         """Bytes for standard input. Blocks while the guest's window is full."""
         view = memoryview(data).cast("B")
         while view:
             with self._changed:
                 self._wait(lambda: self._window > 0 or not self._input_open)
                 if not self._input_open:
-                    raise AgentError("the command no longer reads its standard input")
+                    raise self._error or AgentError(
+                        "the command no longer reads its standard input"
+                    )
                 size = min(len(view), self._window, MAX_PAYLOAD)
                 self._window -= size
-            self._connection.send(Type.DATA, self.id, bytes(view[:size]), Channel.STDIN)
+            self._connection.send(Type.DATA, self.id, view[:size], Channel.STDIN, wait=True)
             view = view[size:]
 
     def close_stdin(self) -> None:
@@ -174,14 +184,12 @@ class Stream:
             self._wait(
                 lambda: any(o.pieces for _, o in outputs) or all(o.ended for _, o in outputs)
             )
-            for channel, output in outputs:
-                if output.pieces:
-                    piece, credit = output.take(), output.credit()
-                    break
-            else:
+            found = next((pair for pair in outputs if pair[1].pieces), None)
+            if found is None:
                 return None
-            credit = 0 if output.ended else credit
-        if credit:
+            channel, output = found
+            piece, credit = output.take(), output.credit()
+        if credit and not output.ended:
             self._send_quietly(Type.CREDIT, Writer().u32(credit).data, channel)
         return channel, piece
 
@@ -288,17 +296,18 @@ class GuestProcess(Stream):
                 pass  # what was under way when the reader left
 
     def _pump_input(self, fd: int) -> None:
-        with contextlib.suppress(HostelError):
-            while self._wait_readable(fd) and (data := _read_some(fd)):
-                self.write(data)
-            self.close_stdin()
-
-    def _wait_readable(self, fd: int) -> bool:
-        """A terminal may stay silent long after the command has ended: look up now and then."""
-        while self._input_open and self._error is None:
-            if select.select([fd], [], [], 0.2)[0]:
-                return True
-        return False
+        """``_input_wake`` ends the wait for a terminal that stays silent after the command's end."""
+        with self._changed:
+            self._input_wake = wake = os.eventfd(0 if self._input_open else 1, os.EFD_CLOEXEC)
+        try:
+            with contextlib.suppress(HostelError):
+                while _wait_readable(fd, wake) and (data := _read_some(fd)):
+                    self.write(data)
+                self.close_stdin()
+        finally:
+            with self._changed:
+                self._input_wake = -1
+            os.close(wake)
 
 
 def read_exit(payload: bytearray) -> ExitStatus:
@@ -320,20 +329,32 @@ _ENOENT = 2
 """The guest's number, which is Linux's on every architecture."""
 
 
+def _poll(*wanted: tuple[int, int]) -> dict[int, int]:
+    """Which of these descriptors are ready; waits for the first."""
+    poll = select.poll()
+    for fd, events in wanted:
+        poll.register(fd, events)
+    return dict(poll.poll())
+
+
+def _wait_readable(fd: int, wake: int) -> bool:
+    return wake not in _poll((fd, select.POLLIN), (wake, select.POLLIN))
+
+
 def _write_all(fd: int, data: bytearray) -> None:
     view = memoryview(data)
     while view:
         try:
             view = view[os.write(fd, view) :]
         except BlockingIOError:
-            select.select([], [fd], [])
+            _poll((fd, select.POLLOUT))
 
 
 def _read_some(fd: int) -> bytes:
-    while True:
-        try:
-            return os.read(fd, MAX_PAYLOAD)
-        except BlockingIOError:
-            select.select([fd], [], [])
-        except OSError:
-            return b""  # a terminal that is gone
+    try:
+        return os.read(fd, MAX_PAYLOAD)
+    except BlockingIOError:
+        _poll((fd, select.POLLIN))
+        return _read_some(fd)
+    except OSError:
+        return b""  # a terminal that is gone

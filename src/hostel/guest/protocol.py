@@ -20,10 +20,12 @@ ever holds more than that.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from enum import IntEnum, IntFlag
 
-from ..errors import AgentError, SpecError
+from hostel.errors import AgentError, SpecError
+
+Buffer = bytes | bytearray | memoryview
 
 VERSION = 1
 PORT_NAME = "hostel.agent"
@@ -182,7 +184,7 @@ class Writer:
 class Reader:
     """Takes a payload apart; anything that does not fit is an ``AgentError``."""
 
-    def __init__(self, data: bytes | bytearray | memoryview) -> None:
+    def __init__(self, data: Buffer) -> None:
         self._data = memoryview(data)
 
     def _take(self, size: int) -> memoryview:
@@ -213,16 +215,16 @@ class Reader:
 
 
 def frames(
-    type: Type, stream: int = 0, payload: bytes | bytearray = b"", channel: int = 0
-) -> Iterable[bytes]:
-    """One message as frames; only a request may need more than one."""
-    if len(payload) > MAX_MESSAGE:
+    type: Type, stream: int, payload: Buffer, channel: int = 0
+) -> Iterator[tuple[bytes, memoryview]]:
+    """One message as frames, each a header and its payload; only a request may need more than one."""
+    view = memoryview(payload)
+    if len(view) > MAX_MESSAGE:
         raise SpecError(
-            f"a request of {len(payload)} bytes is more than the agent takes ({MAX_MESSAGE})",
+            f"a request of {len(view)} bytes is more than the agent takes ({MAX_MESSAGE})",
             cure="pass long arguments through standard input or a file",
         )
-    view = memoryview(payload)
     for start in range(0, max(len(view), 1), MAX_PAYLOAD):
         part = view[start : start + MAX_PAYLOAD]
         flags = Flag.MORE if start + MAX_PAYLOAD < len(view) else 0
-        yield HEADER.pack(len(part), stream, type, channel, flags) + part
+        yield HEADER.pack(len(part), stream, type, channel, flags), part
