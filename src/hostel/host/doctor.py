@@ -6,6 +6,7 @@ what was found and, unless all is well, what that costs and the one command that
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import grp
 import os
@@ -17,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hostel.errors import HostelError
+from hostel.errors import HostelError, MissingTool
 
-from . import kernels
+from . import kernels, toolbox
 
 State = Literal["ok", "limited", "missing"]
 
@@ -113,7 +114,7 @@ def _kvm_module(hardware: str) -> str:
 def _qemu() -> Finding:
     cost = "no engine qemu: nothing runs where KVM cannot"
     cure = _install("qemu-system-x86")
-    path = shutil.which(QEMU)
+    path = _which(QEMU)
     if path is None:
         return Finding("QEMU", "missing", f"no {QEMU}", cost, cure)
     code, text = _run(path, "--version")
@@ -138,7 +139,7 @@ def _kernels() -> Finding:
 
 
 def _compiler() -> Finding:
-    path = shutil.which("cc")
+    path = _which("cc")
     if path is None:
         cost = "the agent that runs inside the guest cannot be built"
         return Finding("C compiler", "missing", "no cc", cost, _install("gcc libc6-dev"))
@@ -150,7 +151,7 @@ def _compiler() -> Finding:
 
 def _virtiofsd() -> Finding:
     places = ("virtiofsd", "/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
-    found = next(filter(None, map(shutil.which, places)), None)
+    found = _which(*places)
     if found is None:
         cost = "no root from the host and no volumes: `hostel run` needs a disk image (--root)"
         return Finding("virtiofsd", "missing", "not found", cost, _install("virtiofsd"))
@@ -158,7 +159,7 @@ def _virtiofsd() -> Finding:
 
 
 def _program(name: str, program: str, package: str, cost: str) -> Finding:
-    path = shutil.which(program)
+    path = _which(program)
     if path is None:
         return Finding(name, "missing", f"no {program}", cost, _install(package))
     return Finding(name, "ok", path)
@@ -174,7 +175,7 @@ def _passt() -> Finding:
 
 
 def _apt() -> Finding:
-    missing = [tool for tool in ("apt-get", "dpkg-deb") if shutil.which(tool) is None]
+    missing = [tool for tool in ("apt-get", "dpkg-deb") if _which(tool) is None]
     if missing:
         cost = "`hostel kernel fetch` cannot work; give kernels with --kernel"
         return Finding("apt", "missing", f"no {' and no '.join(missing)}", cost)
@@ -204,8 +205,8 @@ def _closed_device(name: str, path: str, cost: str, module: str, error: OSError)
 
 
 def _known_module(module: str) -> bool:
-    """Whether this kernel can load it; yes, if nobody can tell. A user's PATH may lack modinfo."""
-    modinfo = shutil.which("modinfo", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    """Whether this kernel can load it; yes, if nobody can tell."""
+    modinfo = _which("modinfo")
     return modinfo is None or _run(modinfo, "-n", module)[0] == 0
 
 
@@ -315,6 +316,14 @@ def _cpu_name() -> str:
     return platform.machine()
 
 
+def _which(*programs: str) -> str | None:
+    """The first of them that is there, found as an engine finds it."""
+    for program in programs:
+        with contextlib.suppress(MissingTool):
+            return toolbox.find(program, package="", cost="")
+    return None
+
+
 def _run(*argv: str) -> tuple[int, str]:
     """A program's exit code and its first line."""
     try:
@@ -338,7 +347,7 @@ def _root(command: str) -> str:
 
 
 def _install(package: str) -> str:
-    if shutil.which("apt-get") is None:
+    if _which("apt-get") is None:
         return f"install what your distribution calls {package}"
     return _root(f"apt install {package}")
 

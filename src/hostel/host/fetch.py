@@ -29,7 +29,7 @@ from pathlib import Path
 
 from hostel.errors import HelperError, HostError, ImageError, MissingTool
 
-from . import kernels
+from . import kernels, toolbox
 
 PACKAGE = "linux-image-cloud-amd64"
 USE_FILE = "give a kernel of your own with --kernel PATH"
@@ -268,9 +268,10 @@ def _package(fields: dict[str, str]) -> _Package | None:
 
 @contextmanager
 def _spawn(argv: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A tool with its words, errors too, on one pipe; it does not outlive the block."""
+    """A tool with its words, errors too, on one pipe. It does not outlive the block, nor us."""
+    guard = toolbox.find("setpriv", package="util-linux", cost="apt cannot be guarded")
     process = subprocess.Popen(
-        argv,
+        [guard, "--pdeathsig", "KILL", "--", *argv],
         cwd=folder,
         env={**os.environ, "LC_ALL": "C.UTF-8"},
         stdin=subprocess.DEVNULL,
