@@ -54,6 +54,8 @@ class Plan:
     """What runs the vCPUs of engine ``qemu``."""
     qemu_args: tuple[str, ...] = ()
     """Further arguments for engine ``qemu``: the testbed's server hardware."""
+    notes: tuple[str, ...] = ()
+    """What is allowed and still worth a word to the user."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from hostel.errors import AgentError, HostelError, MachineTimeout
 
-from .connection import Connection
+from .connection import Connection, Explain
 from .process import ExitStatus, GuestProcess, Stream
 from .protocol import KEEP, KEEP_TIME, VERSION, Buffer, Channel, ExecFlag, How, Reader, Type, Writer
 from .steps import Step, encode_steps
@@ -55,12 +55,12 @@ class Tty:
 class AgentClient:
     """One guest's agent."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, explain: Explain | None = None) -> None:
         self._changed = threading.Condition()
         self._hello: Hello | None = None
         self._pongs: set[bytes] = set()
         self._error: HostelError | None = None
-        self._connection = Connection(sock, self)
+        self._connection = Connection(sock, self, explain)
         self._connection.start()
 
     # Stream 0, called by the reader thread.

@@ -20,6 +20,7 @@ import itertools
 import socket
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 from hostel.errors import AgentError, HostelError, MachineStopped
@@ -28,6 +29,9 @@ from .protocol import HEADER, MAX_PAYLOAD, Buffer, Type, frames
 
 _QUEUE_LIMIT = 1 << 20
 _KNOWN = frozenset({Type.HELLO, Type.DATA, Type.EOF, Type.CREDIT, Type.EXIT, Type.PONG})
+
+
+Explain = Callable[[HostelError], HostelError]
 
 
 class Sink(Protocol):
@@ -40,9 +44,12 @@ class Sink(Protocol):
 class Connection:
     """One socket, one reader thread, many streams."""
 
-    def __init__(self, sock: socket.socket, control: Sink) -> None:
+    def __init__(self, sock: socket.socket, control: Sink, explain: Explain | None = None) -> None:
+        """``explain``, called by the reader thread, turns what broke the stream into what is to be told:
+        the machine may know why it ended."""
         sock.settimeout(None)
         self._socket = sock
+        self._explain = explain
         self._control = control
         self._sinks: dict[int, Sink] = {}
         self._ids = itertools.count(1)
@@ -161,9 +168,14 @@ class Connection:
             while True:
                 self._read_frame()
         except HostelError as error:
-            self._fail(error)
+            self._broken(error)
         except OSError as error:
-            self._fail(_ended(error))
+            self._broken(_ended(error))
+
+    def _broken(self, error: HostelError) -> None:
+        if self._explain and not self._error:
+            error = self._explain(error)
+        self._fail(error)
 
     def _read_frame(self) -> None:
         length, stream, number, channel, flags = HEADER.unpack(self._receive(HEADER.size))

@@ -1,0 +1,323 @@
+"""The public machine: picks the engine, wires it, runs its life.
+
+::
+
+    new ──start──► booting ──wait_ready──► ready ──stop, or the guest ends──► ended
+                      ▲                      │
+                      └──── guest reboots ───┘      (on_reboot "restart")
+
+Threads: the caller's, the reader of the agent's socket (``guest/connection.py``), and whatever the engine
+runs. Methods may be called from any thread.
+
+Start-up order matters for speed: the file system daemons are spawned first and come up while the plan
+is finished; the engine starts; ``wait_ready`` sends the agent all its steps at once, so that setting up
+the root costs one round trip.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    AgentError,
+    BootError,
+    GuestCrash,
+    GuestError,
+    HostelError,
+    MachineStopped,
+    MachineTimeout,
+)
+from .plan import Ending, Engine, Plan
+from .spec import MachineSpec
+
+if TYPE_CHECKING:
+    from .console import Console
+    from .guest.client import AgentClient, GuestProcess, Hello
+    from .prepare import Preparation
+
+CONSOLE_LINES = 12
+BOOT_SECONDS = {"kvm": 60.0, "tcg": 180.0}
+"""How long a guest may take to reach its agent, by what runs its vCPUs. Emulation is slow, and slower
+on a busy host; a guest that is dead ends long before, by its console or its exit."""
+STOP_SECONDS = 10.0
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+_ENDED = {
+    "poweroff": "the guest powered off",
+    "reset": "the guest rebooted",
+    "stopped": "the machine was stopped",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a command ended, and what it wrote."""
+
+    exit_code: int
+    """As a shell has it: 128 + n for a signal."""
+    stdout: bytes
+    stderr: bytes
+    signal: int | None = None
+
+
+class Machine:
+    """One virtual machine. ``with Machine(...) as vm:`` starts it and stops it at the end.
+
+    >>> with Machine(memory=256 << 20) as vm:                        # doctest: +SKIP
+    ...     vm.exec(["uname", "-s"]).stdout
+    b'Linux\\n'
+    """
+
+    def __init__(self, spec: MachineSpec | None = None, **fields: Any) -> None:
+        """From a ``MachineSpec``, or its fields as keywords."""
+        self.spec = (spec or MachineSpec()).replace(**fields) if fields else spec or MachineSpec()
+        self.timings: dict[str, float] = {}
+        self._lock = threading.RLock()
+        self._undo = ExitStack()
+        self._prepared: Preparation | None = None
+        self._engine: Engine | None = None
+        self._client: AgentClient | None = None
+        self._hello: Hello | None = None
+        self._ending: Ending | None = None
+        self._started = 0.0
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def start(self) -> Machine:
+        """Power on. Returns as soon as the guest runs; any HostelError leaves nothing behind."""
+        from .host.runtime import Runtime, sweep
+
+        with self._lock:
+            if self._engine is not None or self._ending is not None:
+                raise MachineStopped("a machine can be started once")
+            self._started = time.monotonic()
+            sweep()
+            try:
+                runtime = self._undo.enter_context(Runtime(self.spec.name))
+                self._power_on(runtime.path)
+            except BaseException:
+                self._undo.close()
+                raise
+        return self
+
+    def _power_on(self, runtime: Path) -> None:
+        from . import prepare
+
+        served = prepare.shared_paths(self.spec)
+        self._serve(served, runtime)
+        self._prepared = prepare.prepare(self.spec, runtime, served)
+        self.timings["prepare"] = time.monotonic() - self._started
+        self._engine = _engine(self._prepared.plan)
+        self._undo.callback(self._engine.stop)
+        self._engine.start()
+        self.timings["start"] = time.monotonic() - self._started
+        self._client = self._connect()
+
+    def wait_ready(self, timeout: float | None = None) -> None:
+        """Until commands can run: the agent is there and has set up the root.
+
+        ``BootError`` names the step that failed and carries the console's last lines.
+        """
+        with self._lock:
+            if self._hello is not None:
+                return
+            client, prepared = self._running()
+            limit = BOOT_SECONDS[prepared.plan.accel] if timeout is None else timeout
+            try:
+                hello = client.wait_hello(limit)
+                self.timings["boot"] = time.monotonic() - self._started
+                client.setup(prepared.steps)
+            except AgentError as error:
+                raise self._boot_error(f"the guest could not be set up: {error}") from None
+            except MachineTimeout:
+                raise self._boot_error(f"no word from the guest's agent in {limit:g} s") from None
+            self.timings["ready"] = time.monotonic() - self._started
+            self._hello = hello
+
+    def stop(self, timeout: float = STOP_SECONDS) -> None:
+        """End the machine; idempotent. A guest with a writable disk is told to shut down, and gets
+        ``timeout`` seconds for it."""
+        with self._lock:
+            if self._engine is not None and self._ending is None:
+                if self._hello and any(not disk.read_only for disk in self.plan.disks):
+                    self._shut_down(timeout)
+                self._ending = self._engine.wait(0) or Ending("stopped")
+            self._undo.close()
+
+    def _shut_down(self, timeout: float) -> None:
+        assert self._client is not None
+        assert self._engine is not None
+        try:
+            self._client.shutdown()
+        except HostelError:
+            return  # it is going down already
+        self._engine.wait(timeout)
+
+    def __enter__(self) -> Machine:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    # -- commands --------------------------------------------------------------------------------
+
+    def popen(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        tty: tuple[int, int] | None = None,
+        stdin: int | bool | None = True,
+        stdout: int | None = None,
+        stderr: int | None = None,
+    ) -> GuestProcess:
+        """Start a command and return at once.
+
+        ``stdin``: True to feed it with ``write``, a host file descriptor to pass on, None or False for
+        nothing. ``stdout``, ``stderr``: host file descriptors, or None to ``read``. ``tty``: rows and
+        columns. The user is the caller where the root is the host's, else root.
+        """
+        from .guest.client import Tty
+
+        self.wait_ready()
+        client, _ = self._running()
+        return client.spawn(
+            argv,
+            env={"PATH": PATH} if env is None else env,
+            cwd=cwd or self._directory(),
+            user=user or self._user(),
+            tty=Tty(*tty) if tty else None,
+            stdin=False if stdin is None else stdin,
+            stdout=stdout,
+            stderr=stderr,
+            login_env=True,
+        )
+
+    def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        input: bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        timeout: float | None = None,
+    ) -> Result:
+        """Run a command to its end. ``MachineTimeout`` after ``timeout`` seconds: it is killed then."""
+        process = self.popen(argv, env=env, cwd=cwd, user=user, stdin=input is not None)
+        try:
+            stdout, stderr, status = process.communicate(input or b"", timeout)
+        except MachineTimeout:
+            process.signal(9)
+            raise MachineTimeout(f"{argv[0]} did not end within {timeout:g} s") from None
+        if status.error:
+            stderr += f"{argv[0]}: {status.error}\n".encode()
+        return Result(status.returncode, stdout, stderr, status.signal)
+
+    def copy_in(self, source: str | os.PathLike[str], target: str) -> None:
+        """A file or tree of the host into the guest, with its modes and symbolic links."""
+        from .guest.files import copy_in
+
+        self.wait_ready()
+        copy_in(self._running()[0], Path(source), target)
+
+    def copy_out(self, source: str, target: str | os.PathLike[str]) -> None:
+        """A file or tree of the guest to the host. Nothing is written outside ``target``."""
+        from .guest.files import copy_out
+
+        self.wait_ready()
+        copy_out(self._running()[0], source, Path(target))
+
+    # -- what can be seen ------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """What is run, or what would be if the machine were started now."""
+        if self._prepared is None:
+            from . import prepare
+
+            return prepare.prepare(self.spec, Path("/nonexistent")).plan
+        return self._prepared.plan
+
+    @property
+    def console(self) -> Console:
+        """The serial console: its history, subscribers, and input."""
+        if self._engine is None:
+            raise MachineStopped("the machine has not been started")
+        return self._engine.console
+
+    @property
+    def ending(self) -> Ending | None:
+        """How the machine ended; None while it runs."""
+        if self._ending is None and self._engine is not None:
+            self._ending = self._engine.wait(0)
+        return self._ending
+
+    def statistics(self) -> dict[str, Any]:
+        """A snapshot: the engine's counters, and where the time of the start went (seconds)."""
+        counters = {} if self._engine is None else self._engine.statistics()
+        guest = {"kernel_seconds": self._hello.started} if self._hello else {}
+        return {**counters, "timings": dict(self.timings), "guest": guest}
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _connect(self) -> AgentClient:
+        from .guest.client import AgentClient
+
+        assert self._engine is not None
+        client = AgentClient(self._engine.agent, explain=self._explain)
+        self._undo.callback(client.close)
+        return client
+
+    def _running(self) -> tuple[AgentClient, Preparation]:
+        if self._client is None or self._prepared is None:
+            raise MachineStopped("the machine has not been started")
+        return self._client, self._prepared
+
+    def _explain(self, error: HostelError) -> HostelError:
+        """Why the agent's stream ended, if the engine knows. Called on the reader's thread."""
+        assert self._engine is not None
+        ending = self._engine.wait(2.0)
+        if ending is None:
+            return error
+        self._ending = ending
+        tail = self._engine.console.tail(CONSOLE_LINES)
+        if ending.kind in ("panic", "crash"):
+            return GuestCrash(f"the guest crashed: {ending.detail}", console=tail)
+        if ending.kind in _ENDED:
+            return MachineStopped(_ENDED[ending.kind] + (f": {ending.detail}" if ending.detail else ""))
+        return GuestError(ending.detail or f"the machine ended: {ending.kind}", console=tail)
+
+    def _boot_error(self, message: str) -> BootError:
+        assert self._engine is not None
+        tail = self._engine.console.tail(CONSOLE_LINES)
+        if not tail:
+            message += "; the kernel printed nothing"
+        return BootError(message, console=tail)
+
+    def _user(self) -> Any:
+        from .guest.client import Ids
+        from .host.user import caller
+
+        if self.spec.root.kind != "host":
+            return Ids(0, 0)
+        who = caller()
+        return Ids(who.uid, who.gid, who.groups)
+
+    def _directory(self) -> str:
+        return os.getcwd() if self.spec.root.kind == "host" else "/"
