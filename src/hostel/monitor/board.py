@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from typing import Any, Protocol
 
 from hostel.abi import kvm as abi
-from hostel.boot.acpi import AcpiConfig, write_tables
+from hostel.boot.acpi import AcpiConfig, MmioDevice, write_tables
 from hostel.boot.entry import EntryState
 from hostel.boot.load import load_kernel
 from hostel.console import Console
@@ -22,6 +22,7 @@ from hostel.errors import HostelError
 from hostel.kvm import System, Vcpu, Vm
 from hostel.memory import GuestMemory
 from hostel.plan import Plan
+from hostel.virtio.device import VirtioDevice
 from hostel.vmm import cpu, layout
 from hostel.vmm.bus import Bus, Device
 from hostel.vmm.irq import InterruptTable
@@ -30,6 +31,8 @@ from hostel.vmm.pci import PciBus
 from hostel.vmm.vcpu_thread import VcpuThread
 
 from .seats import SEATS
+from .terminal import Terminal, is_dev_console
+from .virtio import seat_on_mmio, seat_on_pci
 
 FLUSH_SECONDS = 0.01
 """How long a piece of a line may wait in the serial port."""
@@ -43,6 +46,7 @@ class Owner(Protocol):
     def debug_exit(self, code: int) -> None: ...
     def system_event(self, type: int) -> None: ...
     def failed(self, error: HostelError) -> None: ...
+    def device_failed(self, device: VirtioDevice, error: HostelError) -> None: ...
 
 
 class Board:
@@ -53,9 +57,23 @@ class Board:
     memory: GuestMemory
     vm: Vm
     interrupts: InterruptTable
+    terminal: Terminal
+    pci: PciBus | None = None
 
-    def __init__(self, plan: Plan, loop: EventLoop, console: Console, owner: Owner) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        loop: EventLoop,
+        console: Console,
+        owner: Owner,
+        *,
+        agent_fd: int | None = None,
+    ) -> None:
         self.plan = plan
+        self.agent_fd = agent_fd
+        """The guest's end of the agent's stream; not ours to close."""
+        self.virtio: list[VirtioDevice] = []
+        self.virtio_mmio: list[MmioDevice] = []
         self.loop = loop
         self.console = console
         self.owner = owner
@@ -78,7 +96,7 @@ class Board:
             self._undo.callback(self.interrupts.close)
             self.ports, self.mmio = Bus(), Bus()
             self._seat_devices()
-            self._seat_pci()
+            self._seat_virtio()
             entry = self._load_kernel()
             self.vcpus = [self._create_vcpu(id) for id in range(spec.cpus)]
             self._prepare_vcpus(system, entry)
@@ -120,14 +138,23 @@ class Board:
         for seat in SEATS:
             self.ports.add(seat.port, seat.size, seat.make(self), seat.name, width=seat.width)
 
-    def _seat_pci(self) -> None:
-        self.pci = PciBus(self.mmio)
-        self._undo.callback(self.pci.close)
-        self.mmio.add(layout.ECAM_START, layout.ECAM_SIZE, self.pci, "pci")
+    def _seat_virtio(self) -> None:
+        if self.plan.spec.transport == "pci":
+            seat_on_pci(self, self._undo)
+        else:
+            seat_on_mmio(self, self._undo)
+        self._undo.callback(self.terminal.close)
+        for device in self.virtio:
+            device.on_fault = self.owner.device_failed
 
     def _load_kernel(self) -> EntryState:
         plan = self.plan
-        rsdp = write_tables(self.memory, AcpiConfig(apic_ids=range(plan.spec.cpus)))
+        tables = AcpiConfig(
+            apic_ids=range(plan.spec.cpus),
+            pci=self.pci is not None,
+            virtio_mmio=self.virtio_mmio,
+        )
+        rsdp = write_tables(self.memory, tables)
         return load_kernel(
             self.memory, plan.kernel, cmdline=plan.cmdline, initrd=plan.initrd, rsdp=rsdp
         )
@@ -177,7 +204,10 @@ class Board:
         self.loop.call_later(FLUSH_SECONDS, lambda: self.enter(device, call))
 
     def poll_input(self) -> None:
-        """The console has input."""
+        """The console has input. On the event loop."""
+        if is_dev_console(self.plan.cmdline):
+            self.terminal.poll_input()
+            return
         for device in self.ports.devices():
             if poll := getattr(device, "poll_input", None):
                 self.enter(device, poll)
@@ -191,6 +221,7 @@ class Board:
                 "ports": {f"{port:#x}": count for port, count in self.ports.unclaimed.items()},
                 "mmio": {f"{address:#x}": count for address, count in self.mmio.unclaimed.items()},
             },
+            "virtio": {device.name: device.statistics() for device in self.virtio},
             "exits": [thread.exits for thread in self.threads],
             "kvm": self._kvm_statistics(),
         }

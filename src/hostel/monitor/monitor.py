@@ -25,12 +25,14 @@ from typing import Any
 from hostel.console import Console
 from hostel.errors import GuestError, HostelError, MachineStopped, SpecError
 from hostel.plan import Ending, Plan
+from hostel.virtio.device import VirtioDevice
 from hostel.vmm.loop import EventLoop
 from hostel.vmm.vcpu_thread import bug
 
 from .board import Board
 from .panic import PanicWatch
 
+MAX_FAULTS = 16
 EVENT_SHUTDOWN, EVENT_RESET = 1, 2  # KVM_SYSTEM_EVENT_*
 
 
@@ -41,6 +43,8 @@ class Monitor:
         self.plan = plan
         self.console = Console(log=plan.runtime / "console.log")
         self.restarts = 0
+        self.faults: list[str] = []
+        """Of virtio devices that stopped, the last few: the guest or the host gave them no choice."""
         self._life = threading.Lock()
         """Held while ``start`` runs."""
         self._lock = threading.Lock()
@@ -52,14 +56,18 @@ class Monitor:
         self._undo = ExitStack()
         self._board: Board | None = None
         self._agent: socket.socket | None = None
+        self._agent_is_taken = False
+        self._guest_end: socket.socket | None = None
         self._statistics: dict[str, Any] = {}
 
     # -- the engine's contract ----------------------------------------------------------------
 
     @property
     def agent(self) -> socket.socket:
+        """Belongs to who takes it. It reads as ended when the machine has."""
         if self._agent is None:
             raise ValueError("a machine without agent, or one that has not started")
+        self._agent_is_taken = True
         return self._agent
 
     def start(self) -> None:
@@ -118,6 +126,9 @@ class Monitor:
     def failed(self, error: HostelError) -> None:
         self._end(Ending("crash" if isinstance(error, GuestError) else "error", str(error)))
 
+    def device_failed(self, device: VirtioDevice, error: HostelError) -> None:
+        self.faults = [*self.faults[1 - MAX_FAULTS :], f"{device.name}: {error}"]
+
     def _halted_in_panic(self) -> None:
         self._end(Ending("panic", self._panic.message))
 
@@ -134,14 +145,25 @@ class Monitor:
         self._loop.start()
         self._panic = PanicWatch(self.console, self._loop.call_later, self._halted_in_panic)
         self._undo.callback(self._panic.cancel)
+        if self.plan.agent:
+            self._agent, self._guest_end = socket.socketpair()
+            self._undo.callback(self._close_agent)
         self.console.on_input = lambda: self._loop.call_soon(self._input)
+
+    def _close_agent(self) -> None:
+        if self._guest_end is not None:
+            self._guest_end.close()
+        if self._agent is not None and not self._agent_is_taken:
+            self._agent.close()
 
     def _input(self) -> None:
         if (board := self._board) is not None:
             board.poll_input()
 
     def _power_on(self) -> None:
-        board = Board(self.plan, self._loop, self.console, self)
+        end = self._guest_end
+        agent_fd = None if end is None else end.fileno()
+        board = Board(self.plan, self._loop, self.console, self, agent_fd=agent_fd)
         self._panic.power_on()
         with self._lock:
             stopping = self._stopping
@@ -201,6 +223,7 @@ class Monitor:
         return {
             "engine": "kvm",
             "restarts": self.restarts,
+            "faults": self.faults,
             "console_bytes": self.console.total,
             "threads": len(os.listdir("/proc/self/task")),
             "fds": len(os.listdir("/proc/self/fd")),

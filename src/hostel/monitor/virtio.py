@@ -1,0 +1,111 @@
+"""The machine's virtio devices, in the order in which the guest finds them, and their seats.
+
+::
+
+    console   port 0: hvc0, port 1: the agent's ── socket pair ──► Monitor.agent
+    rng
+    disks     in the plan's order: vda, vdb …
+    shares    file systems, each a vhost-user daemon that listens on a socket
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING
+
+from hostel.boot.acpi import MmioDevice
+from hostel.errors import SpecError
+from hostel.plan import AGENT_PORT
+from hostel.virtio.console import Console as VirtioConsole
+from hostel.virtio.console import Port
+from hostel.virtio.device import VirtioDevice
+from hostel.virtio.mmio import VirtioMmio
+from hostel.virtio.pci import VirtioPci
+from hostel.vmm import layout
+from hostel.vmm.pci import PciBus
+
+from .terminal import Terminal
+
+if TYPE_CHECKING:
+    from .board import Board
+
+MAX_PCI = 31  # slot 0 is the host bridge's
+MAX_MMIO = len(layout.VIRTIO_MMIO_GSIS)
+
+
+def seat_on_pci(board: Board, undo: ExitStack) -> None:
+    """The default: each device is a PCI function."""
+    board.pci = PciBus(board.mmio)
+    board.mmio.add(layout.ECAM_START, layout.ECAM_SIZE, board.pci, "pci")
+    for make in _makers(board, MAX_PCI):
+        device = make()
+        function = VirtioPci(device, board.memory, board.vm, board.interrupts)
+        undo.callback(function.close)
+        board.pci.add(function)
+        board.virtio.append(device)
+
+
+def seat_on_mmio(board: Board, undo: ExitStack) -> None:
+    """Each device at an address and with an interrupt line of its own, which ACPI tells."""
+    for index, make in enumerate(_makers(board, MAX_MMIO)):
+        device = make()
+        address = layout.VIRTIO_MMIO_START + index * layout.VIRTIO_MMIO_STRIDE
+        gsi = layout.VIRTIO_MMIO_GSIS[index]
+        transport = VirtioMmio(device, board.memory, board.vm, address=address, gsi=gsi)
+        undo.callback(transport.close)
+        board.mmio.add(address, layout.VIRTIO_MMIO_STRIDE, transport, device.name)
+        board.virtio.append(device)
+        board.virtio_mmio.append(MmioDevice(address, layout.VIRTIO_MMIO_STRIDE, gsi))
+
+
+def _makers(board: Board, limit: int) -> list[Callable[[], VirtioDevice]]:
+    makers: list[Callable[[], VirtioDevice]] = [partial(_console, board), partial(_rng, board)]
+    makers += [*_disks(board), *_shares(board)]
+    if len(makers) > limit:
+        raise SpecError(
+            f"the machine has {len(makers)} virtio devices; {board.plan.spec.transport} has room"
+            f" for {limit}",
+            cure="give it fewer disks and volumes",
+        )
+    return makers
+
+
+def _console(board: Board) -> VirtioDevice:
+    ours, theirs = socket.socketpair()
+    board.terminal = Terminal(ours, board.console, board.loop)
+    ports = [Port("hvc0", theirs.detach(), console=True)]
+    if board.agent_fd is not None:
+        ports.append(Port(AGENT_PORT, os.dup(board.agent_fd)))
+    return VirtioConsole(board.loop, ports)
+
+
+def _rng(board: Board) -> VirtioDevice:
+    from hostel.virtio.rng import Rng
+
+    return Rng(board.loop)
+
+
+def _disks(board: Board) -> Iterator[Callable[[], VirtioDevice]]:
+    from hostel.virtio.block import Block
+
+    for index, disk in enumerate(board.plan.disks):
+        yield partial(
+            Block,
+            board.loop,
+            disk.path,
+            name=f"disk {index}",
+            read_only=disk.read_only,
+            serial=disk.serial,
+        )
+
+
+def _shares(board: Board) -> Iterator[Callable[[], VirtioDevice]]:
+    if board.plan.shares:
+        from hostel.virtio.fs import VirtioFs
+
+        for share in board.plan.shares:
+            yield partial(VirtioFs, board.loop, share.tag, share.socket)
