@@ -83,10 +83,10 @@ def copy_in(client: AgentClient, source: Path, target: str) -> None:
     """
     try:
         info = source.stat()
+        with _unpacking(client, target, inside=source.resolve().name) as stream:
+            _send(stream, str(source), "", info)
     except OSError as error:
-        raise UserError(f"{source} cannot be copied: {error.strerror}") from None
-    with _unpacking(client, target, inside=source.resolve().name) as stream:
-        _send(stream, str(source), "", info)
+        raise UserError(f"{error.filename or source} cannot be copied: {error.strerror}") from None
 
 
 @contextlib.contextmanager
@@ -108,15 +108,12 @@ def _unpacking(client: AgentClient, path: str, inside: str = "") -> Iterator[Str
 
 
 def _send(stream: Stream, path: str, name: str, info: os.stat_result) -> None:
-    try:
-        if stat.S_ISLNK(info.st_mode):
-            stream.write(_entry(EntryKind.SYMLINK, name, info, link=os.readlink(path)).encode())
-        elif stat.S_ISDIR(info.st_mode):
-            _send_directory(stream, path, name, info)
-        elif stat.S_ISREG(info.st_mode):
-            _send_file(stream, path, name)
-    except OSError as error:
-        raise UserError(f"{path} cannot be copied: {error.strerror}") from None
+    if stat.S_ISLNK(info.st_mode):
+        stream.write(_entry(EntryKind.SYMLINK, name, info, link=os.readlink(path)).encode())
+    elif stat.S_ISDIR(info.st_mode):
+        _send_directory(stream, path, name, info)
+    elif stat.S_ISREG(info.st_mode):
+        _send_file(stream, path, name)
 
 
 def _send_directory(stream: Stream, path: str, name: str, info: os.stat_result) -> None:

@@ -106,6 +106,7 @@ class Stream:
                 self._end_input()
             elif type is Type.EOF:
                 self._output(channel).ended = True
+                self._forget()
             elif type is Type.CREDIT and channel == Channel.STDIN:
                 self._refill(payload)
             else:
@@ -134,14 +135,17 @@ class Stream:
             raise AgentError("the agent broke its protocol: more credit than was used")
 
     def _exit(self, payload: bytearray) -> None:
-        self._connection.forget(self.id)
         self._end_input()
-        for output in self._outputs.values():
-            output.ended = True
         try:
             self._status = read_exit(payload)
         except AgentError as error:
             self._error = error
+        self._forget()
+
+    def _forget(self) -> None:
+        """Once nothing more can come."""
+        if (self._status or self._error) and all(o.ended for o in self._outputs.values()):
+            self._connection.forget(self.id)
 
     # Called by anyone else.
 

@@ -12,9 +12,11 @@ Little endian. A payload is a row of fields in a fixed order: ``u32``, ``u64`` (
 elements. A request that does not fit one frame goes on in the next frames, all but the last with
 ``Flag.MORE``; nothing else comes between.
 
-The host numbers the streams. A request (EXEC, SETUP, PACK, UNPACK) opens one, EXIT from the agent ends
-it. Each channel has a window of ``WINDOW`` bytes that its receiver refills with CREDIT: neither side
-ever holds more than that.
+The host numbers the streams. A request (EXEC, SETUP, PACK, UNPACK) opens one. EXIT says how it went, EOF
+that an output channel is complete; with EXIT and both EOFs, in any order, the stream is over.
+
+Each channel has a window of ``WINDOW`` bytes that its receiver refills with CREDIT: neither side ever
+holds more than that.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class Type(IntEnum):
     CREDIT = 8  # both: u32, so many bytes of a channel have been consumed
     RESIZE = 9  # host → agent: rows, columns
     SIGNAL = 10  # host → agent: number, to the command's process group
-    EXIT = 11  # agent → host: ends the stream
+    EXIT = 11  # agent → host: how the request ended
     SHUTDOWN = 12  # host → agent, stream 0
     PING = 13  # host → agent, stream 0
     PONG = 14  # agent → host: the same payload

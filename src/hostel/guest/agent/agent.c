@@ -47,7 +47,7 @@ static void open_request(const struct header *header, const uint8_t *message, si
 	if (header->type == TYPE_SETUP)
 		setup(header->stream, message, size);
 	else if (count_streams() >= MAX_STREAMS)
-		send_exit(header->stream, EXIT_FAILED, EAGAIN, "start", "too many commands at once");
+		send_answer(header->stream, EXIT_FAILED, EAGAIN, "start", "too many commands at once");
 	else
 		stream_open(header, message, size);
 }

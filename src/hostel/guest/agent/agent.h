@@ -61,6 +61,7 @@ void put_string(struct buffer *buffer, const char *text);
 extern struct buffer outbox;	/* bytes on their way to the host */
 void send_frame(uint8_t type, uint32_t stream, uint8_t channel, const void *payload, size_t size);
 void send_exit(uint32_t stream, uint32_t kind, uint32_t value, const char *step, const char *text);
+void send_answer(uint32_t stream, uint32_t kind, uint32_t value, const char *step, const char *text);
 
 /* stream.c */
 
@@ -71,7 +72,6 @@ struct stream {
 	uint32_t id;
 	pid_t pid;
 	bool tty, ended, detached;
-	int wait_status;
 	int fd[3];		/* our ends of stdin, stdout, stderr; -1: closed */
 	int status;		/* the child's report of a failure before exec */
 	struct buffer input;	/* from the host, not yet written to stdin */

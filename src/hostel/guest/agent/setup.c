@@ -173,12 +173,12 @@ void setup(uint32_t stream, const uint8_t *message, size_t size)
 		if (op >= sizeof steps / sizeof *steps || !steps[op])
 			cursor.bad = true;
 		else if (steps[op](&cursor) && !cursor.bad) {
-			send_exit(stream, EXIT_FAILED, errno, label, strerror(errno));
+			send_answer(stream, EXIT_FAILED, errno, label, strerror(errno));
 			return;
 		}
 	}
 	if (cursor.bad)
-		send_exit(stream, EXIT_FAILED, EBADMSG, "request", strerror(EBADMSG));
+		send_answer(stream, EXIT_FAILED, EBADMSG, "request", strerror(EBADMSG));
 	else
-		send_exit(stream, EXIT_CODE, 0, "", "");
+		send_answer(stream, EXIT_CODE, 0, "", "");
 }

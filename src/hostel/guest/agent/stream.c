@@ -3,9 +3,9 @@
  * stdin:  host --DATA--> input (≤ WINDOW) --> pipe; what the pipe took goes back as CREDIT.
  * output: pipe --> outbox as DATA, never more than the host's credit.
  *
- * A stream ends when its own process has ended and what that one had written has been read. Background
- * processes that still hold the pipes are left alone; the amount to read is fixed at that moment, so
- * that they cannot keep the stream open.
+ * EXIT is sent when the stream's own process has ended; the stream lives until what that one had written
+ * has been read. Background processes that still hold the pipes are left alone; the amount to read is
+ * fixed at that moment, so that they cannot keep the stream open.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -140,8 +140,10 @@ void stream_open(const struct header *header, const uint8_t *message, size_t siz
 		close_fd(&child.fd[channel]);
 	close_fd(&child.status);
 	close_fd(&child.tty);
+	if (stream->tty)	/* a terminal has one output */
+		send_frame(TYPE_EOF, stream->id, CHANNEL_STDERR, NULL, 0);
 	if (stream->pid < 0) {
-		send_exit(header->stream, EXIT_FAILED, error, "start", strerror(error));
+		send_answer(header->stream, EXIT_FAILED, error, "start", strerror(error));
 		stream_free(stream);
 		return;
 	}
@@ -213,6 +215,14 @@ static void end_input(struct stream *stream)
 		close_input(stream, false);
 }
 
+static void close_output(struct stream *stream, int channel)
+{
+	if (stream->tty)
+		close_fd(&stream->fd[0]);
+	close_fd(&stream->fd[channel]);
+	send_frame(TYPE_EOF, stream->id, channel, NULL, 0);
+}
+
 void stream_frame(struct stream *stream, const struct header *header, const uint8_t *payload)
 {
 	struct cursor cursor = { payload, payload + header->length, false };
@@ -226,8 +236,8 @@ void stream_frame(struct stream *stream, const struct header *header, const uint
 	case TYPE_EOF:
 		if (channel == CHANNEL_STDIN)
 			end_input(stream);
-		else if (channel <= CHANNEL_STDERR && !stream->tty)
-			close_fd(&stream->fd[channel]);
+		else if (channel <= CHANNEL_STDERR && stream->fd[channel] >= 0)
+			close_output(stream, channel);
 		break;
 	case TYPE_CREDIT:
 		if (channel == CHANNEL_STDOUT || channel == CHANNEL_STDERR)
@@ -254,14 +264,6 @@ bool stream_wants(const struct stream *stream, int channel)
 	bool any = stream->credit[channel] || (stream->ended && !stream->left[channel]);
 
 	return stream->fd[channel] >= 0 && any && buffer_size(&outbox) < OUTBOX_LOW;
-}
-
-static void close_output(struct stream *stream, int channel)
-{
-	if (stream->tty)
-		close_fd(&stream->fd[0]);
-	close_fd(&stream->fd[channel]);
-	send_frame(TYPE_EOF, stream->id, channel, NULL, 0);
 }
 
 void stream_read(struct stream *stream, int channel)
@@ -300,11 +302,29 @@ void stream_status(struct stream *stream)
 		close_fd(&stream->status);
 }
 
+static void report(struct stream *stream, int status)
+{
+	const char *step = stream->failure + sizeof(int32_t);
+	int32_t error;
+
+	if (stream->failure_size > sizeof error) {
+		memcpy(&error, stream->failure, sizeof error);
+		send_exit(stream->id, EXIT_FAILED, error, step, step + strlen(step) + 1);
+	} else if (WIFSIGNALED(status)) {
+		send_exit(stream->id, EXIT_SIGNAL, WTERMSIG(status), "", "");
+	} else {
+		send_exit(stream->id, EXIT_CODE, WEXITSTATUS(status), "", "");
+	}
+}
+
 static void child_ended(struct stream *stream, int status)
 {
 	stream->ended = true;
-	stream->wait_status = status;
 	close_input(stream, false);
+	while (stream->status >= 0)	/* its only writer is gone: this ends */
+		stream_status(stream);
+	if (!stream->detached)
+		report(stream, status);
 	for (int channel = 1; channel < 3; channel++) {
 		int size = 0;
 		if (stream->fd[channel] < 0)
@@ -327,21 +347,6 @@ void streams_reap(void)
 				child_ended(stream, status);
 }
 
-static void report(struct stream *stream)
-{
-	const char *step = stream->failure + sizeof(int32_t);
-	int32_t error;
-
-	if (stream->failure_size > sizeof error) {
-		memcpy(&error, stream->failure, sizeof error);
-		send_exit(stream->id, EXIT_FAILED, error, step, step + strlen(step) + 1);
-	} else if (WIFSIGNALED(stream->wait_status)) {
-		send_exit(stream->id, EXIT_SIGNAL, WTERMSIG(stream->wait_status), "", "");
-	} else {
-		send_exit(stream->id, EXIT_CODE, WEXITSTATUS(stream->wait_status), "", "");
-	}
-}
-
 /* Reads what the process left behind; poll() would wait for those that hold its pipes. */
 static bool drain(struct stream *stream)
 {
@@ -360,10 +365,6 @@ void streams_finish(void)
 			at = &stream->next;
 			continue;
 		}
-		while (stream->status >= 0 && !stream->detached)
-			stream_status(stream);
-		if (!stream->detached)
-			report(stream);
 		*at = stream->next;
 		stream_free(stream);
 	}

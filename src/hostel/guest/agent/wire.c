@@ -181,3 +181,11 @@ void send_exit(uint32_t stream, uint32_t kind, uint32_t value, const char *step,
 	send_frame(TYPE_EXIT, stream, 0, payload.data, buffer_size(&payload));
 	buffer_free(&payload);
 }
+
+/* EXIT of a stream that has no process: nothing comes on its channels. */
+void send_answer(uint32_t stream, uint32_t kind, uint32_t value, const char *step, const char *text)
+{
+	send_frame(TYPE_EOF, stream, CHANNEL_STDOUT, NULL, 0);
+	send_frame(TYPE_EOF, stream, CHANNEL_STDERR, NULL, 0);
+	send_exit(stream, kind, value, step, text);
+}
