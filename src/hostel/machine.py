@@ -16,6 +16,7 @@ the root costs one round trip.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -30,7 +31,7 @@ from .errors import (
     AgentError,
     BootError,
     GuestCrash,
-    GuestError,
+    HelperError,
     HostelError,
     MachineStopped,
     MachineTimeout,
@@ -40,14 +41,17 @@ from .spec import MachineSpec
 
 if TYPE_CHECKING:
     from .console import Console
-    from .guest.client import AgentClient, GuestProcess, Hello
-    from .prepare import Preparation
+    from .guest.client import AgentClient, GuestProcess, Hello, Ids
+    from .host.virtiofsd import Share
+    from .prepare import Preparation, Served
 
 CONSOLE_LINES = 12
 BOOT_SECONDS = {"kvm": 60.0, "tcg": 180.0}
 """How long a guest may take to reach its agent, by what runs its vCPUs. Emulation is slow, and slower
 on a busy host; a guest that is dead ends long before, by its console or its exit."""
 STOP_SECONDS = 10.0
+ENDING_SECONDS = 2.0
+"""How long to wait for the engine to say why the agent's stream ended."""
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 _ENDED = {
@@ -69,25 +73,23 @@ class Result:
 
 
 class Machine:
-    """One virtual machine. ``with Machine(...) as vm:`` starts it and stops it at the end.
-
-    >>> with Machine(memory=256 << 20) as vm:                        # doctest: +SKIP
-    ...     vm.exec(["uname", "-s"]).stdout
-    b'Linux\\n'
-    """
+    """One virtual machine. ``with Machine(...) as vm:`` starts it and stops it at the end."""
 
     def __init__(self, spec: MachineSpec | None = None, **fields: Any) -> None:
         """From a ``MachineSpec``, or its fields as keywords."""
-        self.spec = (spec or MachineSpec()).replace(**fields) if fields else spec or MachineSpec()
+        self.spec = spec.replace(**fields) if spec else MachineSpec(**fields)
         self.timings: dict[str, float] = {}
+        """Seconds from ``start`` to: the plan made, the engine started, the agent there, ready."""
+        self.restarts = 0
         self._lock = threading.RLock()
         self._undo = ExitStack()
+        self._power = ExitStack()
+        """What one power-on has to give back."""
         self._prepared: Preparation | None = None
         self._engine: Engine | None = None
         self._client: AgentClient | None = None
         self._hello: Hello | None = None
         self._ending: Ending | None = None
-        self._started = 0.0
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -98,28 +100,49 @@ class Machine:
         with self._lock:
             if self._engine is not None or self._ending is not None:
                 raise MachineStopped("a machine can be started once")
-            self._started = time.monotonic()
+            self._begun = time.monotonic()
             sweep()
             try:
-                runtime = self._undo.enter_context(Runtime(self.spec.name))
-                self._power_on(runtime.path)
+                self._runtime = self._undo.enter_context(Runtime(self.spec.name))
+                self._undo.callback(self._power.close)
+                self._power_on()
             except BaseException:
                 self._undo.close()
                 raise
         return self
 
-    def _power_on(self, runtime: Path) -> None:
+    def _power_on(self) -> None:
+        """In the order of the top of this file; after a reboot again, with the same plan."""
         from . import prepare
+        from .guest.client import AgentClient
 
-        served = prepare.shared_paths(self.spec)
-        self._serve(served, runtime)
-        self._prepared = prepare.prepare(self.spec, runtime, served)
-        self.timings["prepare"] = time.monotonic() - self._started
-        self._engine = _engine(self._prepared.plan)
-        self._undo.callback(self._engine.stop)
-        self._engine.start()
-        self.timings["start"] = time.monotonic() - self._started
-        self._client = self._connect()
+        shares = self._serve(prepare.shared_paths(self.spec))
+        if self._prepared is None:
+            self._prepared = prepare.prepare(self.spec, self._runtime.path)
+        self._mark("prepare")
+        self._engine = engine = _engine(self._prepared.plan)
+        self._power.callback(engine.stop)
+        try:
+            engine.start()
+        except HelperError:
+            for share in shares:
+                share.check()  # if a daemon has ended, that is the reason
+            raise
+        self._mark("start")
+        self._client = AgentClient(engine.agent, explain=lambda error: self._explain(engine, error))
+        self._power.callback(self._client.close)
+
+    def _serve(self, wanted: Sequence[Served]) -> list[Share]:
+        from .host.virtiofsd import share
+
+        shares = []
+        for one in wanted:
+            shares.append(share(self._runtime.path, one.tag, one.source, read_only=one.read_only))
+            self._power.callback(shares[-1].stop)
+        return shares
+
+    def _mark(self, what: str) -> None:
+        self.timings[what] = time.monotonic() - self._begun
 
     def wait_ready(self, timeout: float | None = None) -> None:
         """Until commands can run: the agent is there and has set up the root.
@@ -133,13 +156,13 @@ class Machine:
             limit = BOOT_SECONDS[prepared.plan.accel] if timeout is None else timeout
             try:
                 hello = client.wait_hello(limit)
-                self.timings["boot"] = time.monotonic() - self._started
+                self._mark("boot")
                 client.setup(prepared.steps)
             except AgentError as error:
                 raise self._boot_error(f"the guest could not be set up: {error}") from None
             except MachineTimeout:
                 raise self._boot_error(f"no word from the guest's agent in {limit:g} s") from None
-            self.timings["ready"] = time.monotonic() - self._started
+            self._mark("ready")
             self._hello = hello
 
     def stop(self, timeout: float = STOP_SECONDS) -> None:
@@ -153,13 +176,25 @@ class Machine:
             self._undo.close()
 
     def _shut_down(self, timeout: float) -> None:
-        assert self._client is not None
+        client, _ = self._running()
+        with contextlib.suppress(HostelError):  # it is going down already
+            client.shutdown()
         assert self._engine is not None
-        try:
-            self._client.shutdown()
-        except HostelError:
-            return  # it is going down already
         self._engine.wait(timeout)
+
+    def _restart(self) -> None:
+        """The guest rebooted: power on anew. Commands wait; those that ran have ended."""
+        with self._lock:
+            if self._ending is not None:
+                return
+            self._hello = None
+            self.restarts += 1
+            self._begun = time.monotonic()
+            try:
+                self._power.close()
+                self._power_on()
+            except HostelError as error:
+                self._ending = Ending("error", str(error))
 
     def __enter__(self) -> Machine:
         return self.start()
@@ -271,46 +306,34 @@ class Machine:
     def statistics(self) -> dict[str, Any]:
         """A snapshot: the engine's counters, and where the time of the start went (seconds)."""
         counters = {} if self._engine is None else self._engine.statistics()
-        guest = {"kernel_seconds": self._hello.started} if self._hello else {}
+        guest = {"kernel": self._hello.started, "agent": self._hello.ready} if self._hello else {}
         return {**counters, "timings": dict(self.timings), "guest": guest}
 
     # -- inside ----------------------------------------------------------------------------------
-
-    def _connect(self) -> AgentClient:
-        from .guest.client import AgentClient
-
-        assert self._engine is not None
-        client = AgentClient(self._engine.agent, explain=self._explain)
-        self._undo.callback(client.close)
-        return client
 
     def _running(self) -> tuple[AgentClient, Preparation]:
         if self._client is None or self._prepared is None:
             raise MachineStopped("the machine has not been started")
         return self._client, self._prepared
 
-    def _explain(self, error: HostelError) -> HostelError:
+    def _explain(self, engine: Engine, error: HostelError) -> HostelError:
         """Why the agent's stream ended, if the engine knows. Called on the reader's thread."""
-        assert self._engine is not None
-        ending = self._engine.wait(2.0)
+        ending = engine.wait(ENDING_SECONDS)
         if ending is None:
             return error
+        if ending.kind == "reset" and self.spec.on_reboot == "restart":
+            threading.Thread(target=self._restart, name="hostel-restart", daemon=True).start()
+            return MachineStopped(_ENDED["reset"])
         self._ending = ending
-        tail = self._engine.console.tail(CONSOLE_LINES)
-        if ending.kind in ("panic", "crash"):
-            return GuestCrash(f"the guest crashed: {ending.detail}", console=tail)
-        if ending.kind in _ENDED:
-            return MachineStopped(_ENDED[ending.kind] + (f": {ending.detail}" if ending.detail else ""))
-        return GuestError(ending.detail or f"the machine ended: {ending.kind}", console=tail)
+        return explain_ending(ending, engine.console)
 
     def _boot_error(self, message: str) -> BootError:
-        assert self._engine is not None
-        tail = self._engine.console.tail(CONSOLE_LINES)
-        if not tail:
-            message += "; the kernel printed nothing"
-        return BootError(message, console=tail)
+        tail = self.console.tail(CONSOLE_LINES)
+        return BootError(
+            message if tail else f"{message}; its kernel printed nothing", console=tail
+        )
 
-    def _user(self) -> Any:
+    def _user(self) -> Ids:
         from .guest.client import Ids
         from .host.user import caller
 
@@ -321,3 +344,38 @@ class Machine:
 
     def _directory(self) -> str:
         return os.getcwd() if self.spec.root.kind == "host" else "/"
+
+
+def explain_ending(ending: Ending, console: Console) -> HostelError:
+    """A machine's ending as the error of whoever still wanted something from it."""
+    if ending.kind in _ENDED:
+        return MachineStopped(_ENDED[ending.kind])
+    tail = console.tail(CONSOLE_LINES)
+    if ending.kind == "error":
+        return HelperError(ending.detail, console=tail)
+    return GuestCrash(f"the guest crashed: {ending.detail or ending.kind}", console=tail)
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    input: bytes | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    user: str | None = None,
+    timeout: float | None = None,
+    **fields: Any,
+) -> Result:
+    """Run one command in a machine of its own. ``fields`` are those of ``MachineSpec``."""
+    with Machine(**{"on_reboot": "stop", **fields}) as machine:
+        return machine.exec(argv, input=input, env=env, cwd=cwd, user=user, timeout=timeout)
+
+
+def _engine(plan: Plan) -> Engine:
+    if plan.engine == "kvm":
+        from .monitor import Monitor
+
+        return Monitor(plan)
+    from .qemu import QemuEngine
+
+    return QemuEngine(plan)

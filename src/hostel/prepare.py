@@ -71,7 +71,6 @@ def choose_engine(spec: MachineSpec) -> Choice:
         raise SpecError(f"this host's KVM takes at most {report.max_vcpus} vCPUs, not {spec.cpus}")
     if report.usable and spec.engine != "qemu":
         return Choice("kvm", "kvm", report.reason)
-    find_qemu()
     if report.usable:
         return Choice("qemu", "kvm", f"as asked, on KVM: {report.reason}")
     return Choice("qemu", "tcg", f"emulated by QEMU: {report.reason}")
