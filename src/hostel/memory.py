@@ -35,6 +35,12 @@ _PROT_NONE, _PROT_READ_WRITE = 0, 3
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 1, 2, 0x10, 0x20, 0x4000
 _MADV_HUGEPAGE, _MADV_DONTDUMP = 14, 16
 _MAP_FAILED = 2**64 - 1
+_FSOPEN, _FSCONFIG, _FSMOUNT = (
+    430,
+    431,
+    432,
+)  # fsopen(2) and family, Linux 5.2; libc has no wrappers
+_FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 1, 6
 
 # A native-size little-endian field is one load or store in CPython, never bytes one by one: a ring
 # index that the guest is changing is read whole (virtio 1.2 §2.7.13.3 relies on it).
@@ -188,6 +194,8 @@ def _regions(size: int, hva: int, low_end: int, high_start: int) -> tuple[Region
 
 
 def _create_file(size: int, hugepages: bool) -> int:
+    if not hugepages and (fd := _create_huge_tmpfs_file(size)) is not None:
+        return fd
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     if hugepages:
         flags |= os.MFD_HUGETLB | os.MFD_HUGE_2MB
@@ -205,6 +213,56 @@ def _create_file(size: int, hugepages: bool) -> int:
         os.close(fd)
         raise _refused(size, hugepages, error) from None
     return fd
+
+
+def _create_huge_tmpfs_file(size: int) -> int | None:
+    """A file on a tmpfs of its own, mounted nowhere, that uses transparent huge pages.
+
+    A memfd does so only if the host says ``shmem_enabled``, which is off nearly everywhere: then each
+    4 KiB that a guest touches is a fault (a boot: 16,000; with huge pages: 40). Such a tmpfs needs
+    CAP_SYS_ADMIN; without it, None. Its files cannot be sealed: a helper process that shrinks one ends
+    this machine, and only this one.
+    """
+    if _shmem_huge_pages() != "never":
+        return None  # a memfd has them already, or nothing has
+    filesystem = mount = -1
+    try:
+        filesystem = _system_call(_FSOPEN, b"tmpfs", 1)
+        _system_call(_FSCONFIG, filesystem, _FSCONFIG_SET_STRING, b"huge", b"always", 0)
+        _system_call(_FSCONFIG, filesystem, _FSCONFIG_SET_STRING, b"size", b"0", 0)
+        _system_call(_FSCONFIG, filesystem, _FSCONFIG_CMD_CREATE, None, None, 0)
+        mount = _system_call(_FSMOUNT, filesystem, 1, 0)
+        return _sized(os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, dir_fd=mount), size)
+    except OSError:
+        return None
+    finally:
+        for opened in (filesystem, mount):
+            if opened >= 0:
+                os.close(opened)
+
+
+def _sized(fd: int, size: int) -> int:
+    try:
+        os.ftruncate(fd, size)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _shmem_huge_pages() -> str:
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/shmem_enabled", encoding="ascii") as file:
+            return file.read().partition("[")[2].partition("]")[0]
+    except OSError:
+        return ""
+
+
+def _system_call(number: int, *arguments: int | bytes | None) -> int:
+    result: int = _libc.syscall(number, *arguments)
+    if result < 0:
+        raise _last_error()
+    return result
 
 
 def _map_aligned(fd: int, size: int, hugepages: bool) -> int:
