@@ -1,0 +1,117 @@
+"""The QEMU command line of a plan: what hardware the machine has, on this engine.
+
+::
+
+    transport pci     -M q35       virtio-…-pci      clocks, ACPI and a PM timer as on a PC
+    transport mmio    -M microvm   virtio-…-device   described by ACPI
+
+Nothing by default (``-nodefaults -no-user-config``): what is not named here is not there. Streams
+between QEMU and us are socket pairs, handed over as open descriptors: no paths, nothing to wait for,
+nothing left behind.
+
+Measured under TCG with Debian's 6.1 kernel, process start to user space, medians: kernel as bzImage
+2.5 s, as ELF (PVH entry) 1.6 s; q35 with SeaBIOS 1.6 s, with qboot 1.5 s, microvm 1.4 s.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hostel.errors import UserError
+from hostel.plan import AGENT_PORT, Plan
+from hostel.spec import Disk
+from hostel.vmm.layout import PORT_DEBUG_CONSOLE, PORT_DEBUG_EXIT
+
+MIB = 1 << 20
+
+MACHINE = {
+    "pci": "q35,sata=off,smbus=off,vmport=off,usb=off,hpet=off",
+    "mmio": "microvm,acpi=on,rtc=on,pcie=off,ioapic2=on",
+}
+SUFFIX = {"pci": "pci", "mmio": "device"}
+CPU = {"tcg": "max", "kvm": "host"}
+ACCEL = {"tcg": "tcg,thread=multi", "kvm": "kvm"}
+
+
+def arguments(plan: Plan, kernel: Path, fds: Mapping[str, int]) -> Iterator[str]:
+    """All of it but the program. ``fds``: one end of a socket pair for each of ``streams``."""
+    spec = plan.spec
+    yield from ("-nodefaults", "-no-user-config", "-display", "none")
+    yield from ("-accel", ACCEL[plan.accel], "-cpu", CPU[plan.accel], "-smp", str(spec.cpus))
+    yield from _memory(plan)
+    yield from ("-kernel", str(kernel), "-append", plan.cmdline)
+    if plan.initrd:
+        yield from ("-initrd", str(plan.initrd))
+    if spec.on_reboot == "stop":
+        yield "-no-reboot"
+    if not plan.agent:
+        yield "-S"  # it may be over before we listen (``Control.hold``)
+    yield from _streams(plan, fds)
+    yield from _device(plan, "virtio-rng")
+    for index, disk in enumerate(plan.disks):
+        yield from _disk(plan, index, disk)
+    for share in plan.shares:
+        path = str(share.socket).replace(",", ",,")
+        yield from ("-chardev", f"socket,id=fs-{share.tag},path={path}")
+        yield from _device(plan, "vhost-user-fs", chardev=f"fs-{share.tag}", tag=share.tag)
+    yield from plan.qemu_args
+
+
+def streams(plan: Plan) -> tuple[str, ...]:
+    """The byte streams between QEMU and us."""
+    return ("qmp", "serial", "agent") if plan.agent else ("qmp", "serial", "debug")
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    """Shared where a file system daemon reads and writes it; else private, which is cheaper."""
+    spec = plan.spec
+    if spec.memory % MIB:
+        raise UserError(f"engine qemu takes memory in whole MiB, not {spec.memory} bytes")
+    backend = "memory-backend-ram"
+    if plan.shares or spec.hugepages:
+        huge = ",hugetlb=on" if spec.hugepages else ""
+        backend = f"memory-backend-memfd,share=on{huge}"
+    yield from ("-m", f"{spec.memory // MIB}M")
+    yield from ("-object", f"{backend},id=ram,size={spec.memory}")
+    yield from ("-machine", f"{MACHINE[spec.transport]},memory-backend=ram")
+
+
+def _streams(plan: Plan, fds: Mapping[str, int]) -> Iterator[str]:
+    """The monitor, the serial console, and the agent's port; without an agent the ports that OS
+    developers know: 0xe9 prints, 0xf4 exits."""
+    for name in streams(plan):
+        yield from ("-chardev", f"socket,id={name},fd={fds[name]}")
+    yield from ("-mon", "chardev=qmp,mode=control", "-serial", "chardev:serial")
+    if plan.agent:
+        # port 0 is a console's by default (virtio 1.2 §5.3.5), so there must be room for two
+        yield from _device(plan, "virtio-serial", max_ports=2)
+        yield from _json("virtserialport", chardev="agent", name=AGENT_PORT)
+    else:
+        yield from _json("isa-debugcon", iobase=PORT_DEBUG_CONSOLE, chardev="debug")
+        yield from _json("isa-debug-exit", iobase=PORT_DEBUG_EXIT, iosize=4)
+
+
+def _disk(plan: Plan, index: int, disk: Disk) -> Iterator[str]:
+    node = f"disk{index}"
+    file = {"driver": _driver(disk.path), "filename": disk.path}
+    drive: dict[str, Any] = {"driver": "raw", "node-name": node, "file": file}
+    drive |= {"read-only": disk.read_only, "discard": "unmap"}
+    yield from ("-blockdev", json.dumps(drive))
+    serial = {"serial": disk.serial} if disk.serial else {}
+    yield from _device(plan, "virtio-blk", drive=node, **serial)
+
+
+def _driver(path: str) -> str:
+    return "host_device" if Path(path).is_block_device() else "file"
+
+
+def _device(plan: Plan, name: str, **properties: str | int) -> Iterator[str]:
+    modern = {"disable-legacy": "on"} if plan.spec.transport == "pci" else {}
+    yield from _json(f"{name}-{SUFFIX[plan.spec.transport]}", **modern, **properties)
+
+
+def _json(driver: str, **properties: str | int) -> Iterator[str]:
+    yield from ("-device", json.dumps({"driver": driver, **properties}))

@@ -1,0 +1,244 @@
+"""Engine ``qemu``: a machine as a QEMU process. Implements ``plan.Engine``.
+
+::
+
+    start ──► QEMU ◄── socket pairs ──► agent          the caller's
+                                        serial, debug  event loop ──► Console
+                                        qmp            QMP thread ──► why it ended
+    QEMU ends ──► _settle: what is left to read is read, then the ending is judged
+
+How it ended, the first that holds: we stopped it; a panic; QEMU's own word for it (QMP, SHUTDOWN); the
+debug exit port, which is QEMU's exit code; else QEMU failed, and its last words say why.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from hostel.boot import elf, image
+from hostel.boot.source import Source
+from hostel.console import Console
+from hostel.errors import MachineStopped
+from hostel.host import toolbox
+from hostel.host.process import GRACE, Helper
+from hostel.monitor.panic import PanicWatch
+from hostel.plan import Ending, EndingKind, Plan
+from hostel.vmm.loop import EventLoop
+
+from . import command
+from .control import Control
+from .stream import ConsoleStream
+
+REASONS: dict[str, EndingKind] = {
+    "guest-shutdown": "poweroff",
+    "guest-reset": "reset",
+    "guest-panic": "panic",
+}
+"""Of a SHUTDOWN event (QEMU QMP reference, ShutdownCause)."""
+NOTE_PVH = 18  # XEN_ELFNOTE_PHYS32_ENTRY
+
+
+class QemuEngine:
+    """One machine. Thread-safe."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.console = Console(log=plan.runtime / "console.log")
+        self._undo = ExitStack()
+        self._undo.callback(self.console.close)
+        self._lock = threading.Lock()
+        self._settled = threading.Event()
+        self._ending: Ending | None = None
+        self._reason = ""
+        self._stopping = False
+        self._restarts = 0
+        self._helper: Helper | None = None
+        self._agent: socket.socket | None = None
+        self._agent_is_taken = False
+
+    # -- the engine's contract ----------------------------------------------------------------
+
+    @property
+    def agent(self) -> socket.socket:
+        """Belongs to who takes it. It reads as ended when the machine has."""
+        if self._agent is None:
+            raise ValueError("a machine without agent, or one that has not started")
+        self._agent_is_taken = True
+        return self._agent
+
+    def start(self) -> None:
+        """Returns when QEMU has made all devices. Any HostelError leaves nothing behind."""
+        self._check_pins()
+        with self._lock:
+            if self._stopping:
+                raise MachineStopped("this machine has been stopped")
+            try:
+                self._helper = self._power_on()
+            except BaseException:
+                self._undo.close()
+                raise
+        if not self._control.wait_up():
+            self._settled.wait()
+            if self._stopping:
+                raise MachineStopped("this machine has been stopped")
+            raise self._helper.failure()
+        self._pin()
+
+    def wait(self, timeout: float | None = None) -> Ending | None:
+        return self._ending if self._settled.wait(timeout) else None
+
+    def stop(self) -> None:
+        """Not from a console's subscriber: it waits for that one's thread."""
+        with self._lock:
+            self._stopping = True
+            if self._helper is None:
+                self._finish(Ending("stopped"))
+                return
+        writable = any(not disk.read_only for disk in self.plan.disks)
+        self._helper.stop(GRACE if writable else 0)
+        self._settled.wait()
+
+    def statistics(self) -> dict[str, Any]:
+        """What the host says of the QEMU process."""
+        own = {"engine": "qemu", "accel": self.plan.accel, "restarts": self._restarts}
+        own["console_bytes"] = self.console.total
+        if self._helper is None or not self._helper.alive():
+            return own
+        return own | self._helper.usage()
+
+    # -- start --------------------------------------------------------------------------------
+
+    def _power_on(self) -> Helper:
+        """QEMU first; all else while it starts."""
+        qemu = toolbox.find_qemu()
+        ours, theirs = {}, {}
+        for name in command.streams(self.plan):
+            ours[name], theirs[name] = socket.socketpair()
+            self._undo.callback(theirs[name].close)
+        fds = {name: end.fileno() for name, end in theirs.items()}
+        argv = command.arguments(self.plan, self._kernel(), fds)
+        helper = Helper(
+            "qemu",
+            [qemu, *argv],
+            runtime=self.plan.runtime,
+            pass_fds=tuple(fds.values()),
+            on_end=self._on_end,
+        )
+        for end in theirs.values():
+            end.close()
+        self._attach(ours)
+        return helper
+
+    def _attach(self, ends: dict[str, socket.socket]) -> None:
+        self._control = Control(ends["qmp"], self._on_event, hold=not self.plan.agent)
+        self._control.start()
+        self._loop = EventLoop(self._loop_failed)
+        self._loop.start()
+        self._undo.callback(self._loop.stop)
+        self._panic = PanicWatch(self.console, self._loop.call_later, self._halted_in_panic)
+        self._undo.callback(self._panic.cancel)
+        self._streams = [
+            ConsoleStream(self._loop, self.console, end, accepts_input=name == "serial")
+            for name, end in ends.items()
+            if name in ("serial", "debug")
+        ]
+        for stream in self._streams:
+            self._undo.callback(stream.close)
+        self._agent = ends.get("agent")
+        self._undo.callback(self._close_agent)
+
+    def _close_agent(self) -> None:
+        if self._agent is not None and not self._agent_is_taken:
+            self._agent.close()
+
+    def _kernel(self) -> Path:
+        """As QEMU loads it soonest: the ELF, if it can enter that. It does so by the PVH note only."""
+        unpacked = image.vmlinux_for(self.plan.kernel)
+        if unpacked == self.plan.kernel:
+            return unpacked
+        with Source.open(unpacked) as source:
+            has_entry = elf.parse(source).note(b"Xen\0", NOTE_PVH)
+        return unpacked if has_entry else self.plan.kernel
+
+    def _check_pins(self) -> None:
+        if self.plan.spec.pin:
+            from hostel.monitor.monitor import check_pins
+
+            check_pins(self.plan.spec.pin)
+
+    def _pin(self) -> None:
+        if self.plan.spec.pin:
+            for cpu in self._control.execute("query-cpus-fast"):
+                os.sched_setaffinity(cpu["thread-id"], {self.plan.spec.pin[cpu["cpu-index"]]})
+
+    # -- what happens -------------------------------------------------------------------------
+
+    def _on_event(self, event: str, data: dict[str, Any]) -> None:
+        """On the QMP thread."""
+        if event == "SHUTDOWN":
+            self._reason = data.get("reason", "")
+        elif event == "RESET" and data.get("guest"):
+            self._loop.call_soon(self._was_reset)
+
+    def _was_reset(self) -> None:
+        """The machine started again by itself, as it should, unless a panic did it."""
+        self._drain()
+        if self._panic.message:
+            self._halted_in_panic()
+        else:
+            self._restarts += 1
+            self._panic.power_on()
+
+    def _halted_in_panic(self) -> None:
+        assert self._helper is not None
+        self._reason = "guest-panic"
+        self._helper.kill()
+
+    def _loop_failed(self, error: Exception) -> None:
+        """A console's subscriber raised: its own affair, but not one to hide."""
+        threading.excepthook(
+            threading.ExceptHookArgs((type(error), error, error.__traceback__, None))
+        )
+
+    def _drain(self) -> None:
+        for stream in self._streams:
+            stream.drain()
+
+    # -- the end ------------------------------------------------------------------------------
+
+    def _on_end(self) -> None:
+        """QEMU has been reaped. On the helpers' thread, which must not wait."""
+        threading.Thread(target=self._settle, name="hostel-settle", daemon=True).start()
+
+    def _settle(self) -> None:
+        with self._lock:  # start has attached all, or failed and undone it
+            helper = self._helper
+        if helper is None:
+            return
+        self._control.ended()
+        self._loop.run_sync(self._drain)
+        self._finish(self._judge(helper))
+
+    def _judge(self, helper: Helper) -> Ending:
+        message = self._panic.message
+        kind = REASONS.get(self._reason)
+        if self._stopping:
+            return Ending("stopped")
+        if kind == "panic" or (kind == "reset" and message):
+            return Ending("panic", message)
+        if kind is not None:
+            return Ending(kind)
+        code = helper.wait(0) or 0
+        if code > 0 and code & 1 and not self.plan.agent and not helper.last_lines():
+            return Ending("debug-exit", code=code)
+        return Ending("error", str(helper.failure()))
+
+    def _finish(self, ending: Ending) -> None:
+        self._undo.close()
+        self._ending = ending
+        self._settled.set()
