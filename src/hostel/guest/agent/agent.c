@@ -14,8 +14,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/prctl.h>
 #include <sys/signalfd.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "agent.h"
@@ -260,6 +260,7 @@ int main(int argc, char **argv)
 		fprintf(stderr, "usage: agent --fd N\n");
 		return 2;
 	}
+	umask(0);	/* modes are as the host says; commands get 022 */
 	boot();
 	watch_signals();
 	port = is_init ? find_port() : atoi(argv[2]);
