@@ -100,6 +100,7 @@ class Board:
             entry = self._load_kernel()
             self.vcpus = [self._create_vcpu(id) for id in range(spec.cpus)]
             self._prepare_vcpus(system, entry)
+            self._open_statistics()
         self.threads = [self._create_thread(vcpu) for vcpu in self.vcpus]
 
     def start(self) -> None:
@@ -226,11 +227,16 @@ class Board:
             "kvm": self._kvm_statistics(),
         }
 
+    def _open_statistics(self) -> None:
+        """Before the vCPUs run: each ioctl on a vCPU, this one too, waits until it comes out."""
+        self._vm_stats = self.vm.open_stats()
+        self._undo.callback(self._vm_stats.close)
+        self._vcpu_stats = [vcpu.open_stats() for vcpu in self.vcpus]
+        for stats in self._vcpu_stats:
+            self._undo.callback(stats.close)
+
     def _kvm_statistics(self) -> dict[str, Any]:
-        vm = self.vm.open_stats()
-        vcpus = [vcpu.open_stats() for vcpu in self.vcpus]
-        try:
-            return {"vm": vm.read(), "vcpus": [stats.read() for stats in vcpus]}
-        finally:
-            for stats in (vm, *vcpus):
-                stats.close()
+        return {
+            "vm": self._vm_stats.read(),
+            "vcpus": [stats.read() for stats in self._vcpu_stats],
+        }
