@@ -120,7 +120,7 @@ class Machine:
         if self._prepared is None:
             self._prepared = prepare.prepare(self.spec, self._runtime.path)
         self._mark("prepare")
-        self._engine = engine = _engine(self._prepared.plan)
+        self._engine = engine = make_engine(self._prepared.plan)
         self._power.callback(engine.stop)
         try:
             engine.start()
@@ -371,7 +371,8 @@ def run(
         return machine.exec(argv, input=input, env=env, cwd=cwd, user=user, timeout=timeout)
 
 
-def _engine(plan: Plan) -> Engine:
+def make_engine(plan: Plan) -> Engine:
+    """The engine that the plan names, not started."""
     if plan.engine == "kvm":
         from .monitor import Monitor
 

@@ -14,6 +14,7 @@ Every failure becomes one line on standard error here, and nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -89,6 +90,11 @@ def hostel(ctx: click.Context) -> None:
     hostel doctor                   what this host can do
     """
     show_help(ctx)
+    if ctx.invoked_subcommand in ("kernel", "doctor"):  # those that start machines do it then
+        from hostel.host.runtime import sweep
+
+        with contextlib.suppress(HostelError):
+            sweep()
 
 
 def command_line(argv: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -17,6 +17,9 @@ from hostel.errors import UserError
 from hostel.spec import Disk, Volume, parse_size
 
 from .say import say
+
+if TYPE_CHECKING:
+    from hostel.plan import Plan
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -217,6 +220,16 @@ def output(function: F) -> F:
         _voice(section, "--verbose", help="Say what is done."),
         _voice(section, "--debug", help="Say everything; a bug shows its traceback."),
     )
+
+
+def announce(plan: Plan) -> None:
+    """What runs the machine, and why; and what was done otherwise than a user may expect."""
+    tell = say.note if plan.spec.engine == "auto" else say.detail
+    tell(f"engine {plan.engine}: {plan.reason}")
+    for note in plan.notes:
+        say.note(note)
+    say.detail(f"kernel {plan.kernel}")
+    say.detail(f"command line: {plan.cmdline}")
 
 
 def _voice(section: str, *names: str, help: str) -> Callable[[F], F]:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 STOP_TIMEOUT = "10"
+SHOW_BOOT = "loglevel=7"
+"""Undoes the ``quiet`` of a machine that nobody watches: the last word counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,7 +201,7 @@ def machine_spec(options: Options) -> MachineSpec:
         hugepages=options.hugepages,
         kernel=options.kernel,
         initrd=options.initrd,
-        append=options.append,
+        append=f"{options.append} {SHOW_BOOT}" if options.console else options.append,
         transport=options.transport,  # type: ignore[arg-type]
         root=_root(options.root),
         read_only=options.read_only,
@@ -207,6 +209,7 @@ def machine_spec(options: Options) -> MachineSpec:
         volumes=options.volumes,
         tmpfs=options.tmpfs,
         hostname=options.hostname or "",
+        on_reboot="stop",
     )
 
 
@@ -268,16 +271,10 @@ class _Run:
 
     def _boot(self, machine: Machine) -> None:
         """Until the guest can run commands; what runs it is said first, should it fail."""
-        plan = machine.plan
+        opt.announce(machine.plan)
         if self._options.console:
             machine.console.subscribe(_to_stderr, replay=True)
-        elif self._spec.engine == "auto":
-            say.note(f"engine {plan.engine}: {plan.reason}")
-        else:
-            say.detail(f"engine {plan.engine}: {plan.reason}")
-        say.detail(f"kernel {plan.kernel}")
-        say.detail(f"command line: {plan.cmdline}")
-        say.progress(f"hostel: booting Linux {plan.release} …")
+        say.progress(f"hostel: booting Linux {machine.plan.release} …")
         try:
             machine.wait_ready()
         finally:
@@ -301,15 +298,14 @@ class _Run:
         return status, time.monotonic() - begun
 
     def _report(self, machine: Machine, code: int, seconds: float) -> None:
-        timings = {**machine.timings, "command": seconds}
+        timings = {**_steps(machine.timings), "command": seconds}
         words = ", ".join(f"{name} {value:.2f} s" for name, value in timings.items())
         say.detail(f"exit code {code}; {words}")
         if self._options.as_json:
             import json
 
-            plan = machine.plan
-            record = {**_rows(plan), "exit_code": code, "timings": timings}
-            sys.stderr.write(json.dumps(record) + "\n")
+            record = {**_rows(machine.plan), "exit_code": code, "timings": timings}
+            terminal.write_all(terminal.STDERR, json.dumps(record).encode() + b"\n")
 
     def _command(self) -> list[str]:
         if self._options.command:
@@ -355,6 +351,16 @@ class _Run:
             ) from None
 
 
+def _steps(timings: Mapping[str, float]) -> dict[str, float]:
+    """How long each step of the start took; a machine counts from its beginning."""
+    names = {"prepare": "prepare", "start": "start", "boot": "boot", "ready": "setup"}
+    ends = [0.0, *(timings[name] for name in names)]
+    return {
+        name: round(end - begun, 6)
+        for name, begun, end in zip(names.values(), ends, ends[1:], strict=False)
+    }
+
+
 def _rows(plan: Plan) -> dict[str, Any]:
     """A plan for people and programs."""
     return {
@@ -370,4 +376,4 @@ def _rows(plan: Plan) -> dict[str, Any]:
 
 def _to_stderr(data: bytes) -> None:
     with contextlib.suppress(OSError):
-        os.write(terminal.STDERR, data)
+        terminal.write_all(terminal.STDERR, data)

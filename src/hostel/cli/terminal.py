@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import termios
 import tty
 from collections.abc import Iterator
@@ -30,6 +31,16 @@ def size() -> tuple[int, int]:
             if columns and rows:
                 return rows, columns
     return DEFAULT_SIZE
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Every byte, also where somebody has made the stream non-blocking."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(fd, view) :]
+        except BlockingIOError:
+            select.select([], [fd], [])
 
 
 @contextlib.contextmanager

@@ -1,0 +1,138 @@
+"""``hostel boot``: any kernel on its raw serial console. No agent, no root of ours.
+
+::
+
+    terminal (raw) ──keys, until Ctrl-]──► console input ──► guest's serial port
+    standard output ◄──bytes, as they are── console output ◄──┘
+
+Without a terminal: standard input is passed on, and its end is not the guest's end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import click
+
+from hostel.errors import HostelError
+from hostel.plan import Ending, Engine
+from hostel.spec import DEFAULT_MEMORY, MachineSpec, Root
+
+from . import options as opt
+from . import terminal
+from .entry import OK, TIMED_OUT
+from .options import option
+from .say import say
+
+ESCAPE = b"\x1d"
+"""Ctrl-], as in telnet and virsh: no shell and no editor of the guest needs it."""
+
+_CHUNK = 4096
+
+
+@click.command("boot", cls=opt.Command)
+@opt.machine
+@option(
+    "Machine",
+    "--timeout",
+    type=opt.duration,
+    metavar="TIME",
+    help="End the machine after so long; the exit code is then 124.",
+)
+@opt.output
+def command(timeout: float | None, **given: Any) -> int:
+    """Boot any kernel on its raw serial console: bzImage, ELF (64-bit boot protocol or PVH),
+    multiboot 1. Ctrl-] ends the machine.
+
+    Exit code: 0 if the guest powers itself off, its own if it writes to the debug exit port, 125 if
+    it panics or crashes.
+    """
+    given["memory"] = DEFAULT_MEMORY if given["memory"] is None else given["memory"]
+    given["pin"] = given["pin"] or ()
+    spec = MachineSpec(**given, root=Root(kind="none"))
+    with _started(spec) as engine:
+        return _Session(engine).run(timeout)
+
+
+@contextlib.contextmanager
+def _started(spec: MachineSpec) -> Iterator[Engine]:
+    from hostel.host.runtime import Runtime, sweep
+    from hostel.machine import make_engine
+    from hostel.prepare import prepare_raw
+
+    sweep()
+    with Runtime(spec.name) as runtime:
+        plan = prepare_raw(spec, runtime.path)
+        opt.announce(plan)
+        engine = make_engine(plan)
+        try:
+            engine.start()
+            yield engine
+        finally:
+            engine.stop()
+
+
+class _Session:
+    """The caller's streams on a guest's console."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._left: Literal["", "escape", "pipe"] = ""
+
+    def run(self, timeout: float | None) -> int:
+        interactive = terminal.interactive()
+        if interactive:
+            say.note("the guest's console; Ctrl-] ends the machine")
+        with terminal.raw() if interactive else contextlib.nullcontext():
+            cancel = self._engine.console.subscribe(self._show, replay=True)
+            threading.Thread(target=self._type, args=(interactive,), daemon=True).start()
+            try:
+                ending = self._engine.wait(timeout)
+            finally:
+                cancel()
+        return self._exit_code(ending)
+
+    def _exit_code(self, ending: Ending | None) -> int:
+        if self._left:
+            return OK if self._left == "escape" else 128 + signal.SIGPIPE
+        if ending is None:
+            say.fail("the machine's time is over (--timeout)")
+            return TIMED_OUT
+        if ending.kind == "debug-exit":
+            return ending.code & 0xFF
+        if ending.kind in ("panic", "crash", "error"):
+            from hostel.machine import explain_ending
+
+            error = explain_ending(ending, self._engine.console)
+            error.console = ""  # it was on the screen
+            raise error
+        return OK
+
+    def _show(self, data: bytes) -> None:
+        """The guest wrote. Called on the engine's thread."""
+        try:
+            terminal.write_all(terminal.STDOUT, data)
+        except OSError:
+            self._leave("pipe")
+
+    def _type(self, interactive: bool) -> None:
+        """Standard input, until its end or the escape key."""
+        with contextlib.suppress(HostelError, OSError):
+            while data := os.read(terminal.STDIN, _CHUNK):
+                before, escape, _ = data.partition(ESCAPE) if interactive else (data, b"", b"")
+                if before:
+                    self._engine.console.write(before)
+                if escape:
+                    self._leave("escape")
+                    return
+
+    def _leave(self, how: Literal["escape", "pipe"]) -> None:
+        """Stop the machine, from any thread: the engine may wait for the one that calls us."""
+        if not self._left:
+            self._left = how
+            threading.Thread(target=self._engine.stop, daemon=True).start()
