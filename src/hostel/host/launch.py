@@ -145,7 +145,9 @@ def kernel_mounts(stage: str) -> list[str]:
 def mask(source: str, stage: str) -> None:
     """Empty directories over the host's kernel interfaces, and over where they usually are."""
     prefix = source.rstrip("/") + "/"
-    usual = [stage + "/" + path[len(prefix) :] for path in KERNEL_DIRECTORIES if path.startswith(prefix)]
+    usual = [
+        stage + "/" + path[len(prefix) :] for path in KERNEL_DIRECTORIES if path.startswith(prefix)
+    ]
     covered = ""
     for point in sorted({*kernel_mounts(stage), *filter(os.path.isdir, usual)}):
         if point == stage:

@@ -65,6 +65,7 @@ class Helper:
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._on_end = on_end
+        self._prefix = f"{os.path.basename(argv[0])}: "
         self._code = 0
         self._tail = b""
         self._written = 0
@@ -116,7 +117,8 @@ class Helper:
     def last_lines(self, count: int = 3) -> str:
         """The end of what it wrote to standard error."""
         lines = self._tail.decode("utf-8", "replace").splitlines()
-        return "\n".join([line.strip() for line in lines if line.strip()][-count:])
+        clean = (line.removeprefix(self._prefix).strip() for line in lines)
+        return "\n".join([line for line in clean if line][-count:])
 
     def failure(self) -> HelperError:
         """An error that says how it ended, in one line, with its own last words."""
@@ -236,7 +238,7 @@ def _show(error: Exception) -> None:
     sys.excepthook(type(error), error, error.__traceback__)
 
 
-def _spawn(argv: Sequence[str], fds: Sequence[int], env: Mapping[str, str]) -> int:
+def _spawn(argv: list[str], fds: Sequence[int], env: Mapping[str, str]) -> int:
     """Start a program on the helpers' thread; its standard error is ``fds[0]``."""
     result: list[int | OSError] = []
     actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [

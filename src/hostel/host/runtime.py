@@ -23,7 +23,6 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from secrets import token_hex
 
 from hostel.errors import HostError, UserError
 
@@ -120,7 +119,7 @@ def _choose() -> Path:
 
 
 def _free_name(parent: Path) -> str:
-    while (parent / (name := f"run-{token_hex(3)}")).exists():
+    while (parent / (name := f"run-{os.urandom(3).hex()}")).exists():
         pass
     return name
 

@@ -38,6 +38,8 @@ C_VERSION = "/usr/lib/qemu/virtiofsd"
 """QEMU's own (up to 7.2) lies there; the others are the rewrite in Rust, with other options."""
 
 THREADS = 1
+SETTLE = 0.2
+"""Seconds in which a daemon that has failed, and so broken a connection, has ended."""
 _LAUNCH = Path(__file__).with_name("launch.py")
 
 
@@ -50,8 +52,8 @@ class Share:
     helper: Helper
 
     def check(self) -> None:
-        """HelperError if the daemon has ended."""
-        if not self.helper.alive():
+        """HelperError if the daemon has failed. It ends well when its machine does."""
+        if self.helper.wait(SETTLE):
             raise self.helper.failure()
 
     def stop(self) -> None:

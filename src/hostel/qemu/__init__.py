@@ -1,1 +1,5 @@
-"""Engine qemu: the same plan on a QEMU process."""
+"""Engine ``qemu``: the same plan on a QEMU process."""
+
+from .engine import QemuEngine
+
+__all__ = ["QemuEngine"]

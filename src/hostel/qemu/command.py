@@ -109,7 +109,8 @@ def _driver(path: str) -> str:
 
 
 def _device(plan: Plan, name: str, **properties: str | int) -> Iterator[str]:
-    modern = {"disable-legacy": "on"} if plan.spec.transport == "pci" else {}
+    has_legacy = plan.spec.transport == "pci" and name != "vhost-user-fs"
+    modern = {"disable-legacy": "on"} if has_legacy else {}
     yield from _json(f"{name}-{SUFFIX[plan.spec.transport]}", **modern, **properties)
 
 

@@ -103,4 +103,5 @@ class Control:
             self._deliver(message)
 
     def _deliver(self, message: Message) -> None:
-        self._on_event(str(message["event"]), dict(message.get("data") or {}))
+        data = message.get("data")
+        self._on_event(str(message["event"]), data if isinstance(data, dict) else {})

@@ -26,7 +26,6 @@ from hostel.console import Console
 from hostel.errors import MachineStopped
 from hostel.host import toolbox
 from hostel.host.process import GRACE, Helper
-from hostel.monitor.panic import PanicWatch
 from hostel.plan import Ending, EndingKind, Plan
 from hostel.vmm.loop import EventLoop
 
@@ -135,6 +134,8 @@ class QemuEngine:
         return helper
 
     def _attach(self, ends: dict[str, socket.socket]) -> None:
+        from hostel.monitor.panic import PanicWatch  # with the whole monitor: not before QEMU runs
+
         self._control = Control(ends["qmp"], self._on_event, hold=not self.plan.agent)
         self._control.start()
         self._loop = EventLoop(self._loop_failed)
