@@ -176,7 +176,8 @@ def liar() -> Iterator[Callable[[bytes], AgentClient]]:
 def _lie(sock: socket.socket, answer: bytes) -> None:
     exit_message = Writer().u32(ExitKind.CODE, 0).string("").string("").data
     try:
-        sock.recv(1 << 16)
+        while HEADER.unpack(sock.recv(HEADER.size))[2] != Type.PACK:
+            sock.recv(4)  # the greeting's payload
         for start in range(0, len(answer), 1 << 15):
             part = answer[start : start + (1 << 15)]
             sock.sendall(HEADER.pack(len(part), 1, Type.DATA, Channel.STDOUT, 0) + part)

@@ -6,13 +6,14 @@ protocol), ``MachineStopped`` (the stream ended), ``MachineTimeout`` (the caller
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hostel.errors import AgentError, HostelError, MachineTimeout
+from hostel.errors import AgentError, HostelError, MachineStopped, MachineTimeout
 
 from .connection import Connection, Explain
 from .process import ExitStatus, GuestProcess, Stream
@@ -62,6 +63,8 @@ class AgentClient:
         self._error: HostelError | None = None
         self._connection = Connection(sock, self, explain)
         self._connection.start()
+        with contextlib.suppress(MachineStopped):  # the first call says so
+            self._connection.send(Type.HELLO, 0, Writer().u32(VERSION).data)
 
     # Stream 0, called by the reader thread.
 

@@ -12,6 +12,8 @@ Little endian. A payload is a row of fields in a fixed order: ``u32``, ``u64`` (
 elements. A request that does not fit one frame goes on in the next frames, all but the last with
 ``Flag.MORE``; nothing else comes between.
 
+The host greets with HELLO, and the agent's HELLO answers it; requests may follow at once.
+
 The host numbers the streams. A request (EXEC, SETUP, PACK, UNPACK) opens one. EXIT says how it went, EOF
 that an output channel is complete; with EXIT and both EOFs, in any order, the stream is over.
 
@@ -42,7 +44,7 @@ MODULE_LIST = "/hostel/modules/list"
 
 
 class Type(IntEnum):
-    HELLO = 1  # agent → host, stream 0, once
+    HELLO = 1  # host → agent: greets, with its version; agent → host: what the guest is
     EXEC = 2  # host → agent: run a command
     SETUP = 3  # host → agent: mounts and the like, in order
     PACK = 4  # host → agent: send a file or tree (channel STDOUT)

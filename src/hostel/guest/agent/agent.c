@@ -76,6 +76,10 @@ static void take_frame(const struct header *header, const uint8_t *payload)
 	struct stream *stream;
 
 	switch (header->type) {
+	case TYPE_HELLO:	/* a new host, which knows nothing of the streams of one before */
+		streams_detach();
+		say_hello();
+		break;
 	case TYPE_EXEC: case TYPE_SETUP: case TYPE_PACK: case TYPE_UNPACK:
 		take_request(header, payload);
 		break;
@@ -165,10 +169,7 @@ static void look_for_host(void)
 {
 	struct pollfd state = { port, POLLIN | POLLOUT, 0 };
 
-	if (poll(&state, 1, 0) < 0 || state.revents & POLLHUP)
-		return;
-	hung_up = false;
-	say_hello();
+	hung_up = poll(&state, 1, 0) < 0 || state.revents & POLLHUP;
 }
 
 /* The loop */
@@ -266,7 +267,6 @@ int main(int argc, char **argv)
 	port = is_init ? find_port() : atoi(argv[2]);
 	fcntl(port, F_SETFD, FD_CLOEXEC);
 	fcntl(port, F_SETFL, fcntl(port, F_GETFL) | O_NONBLOCK);
-	say_hello();
 	for (;;)
 		turn();
 }
