@@ -39,6 +39,7 @@ from testbed_parts import (
     TOP,
     TestbedError,
     build_initramfs,
+    build_noatime_shim,
     module_directory,
     newest_kernel,
     program,
@@ -115,9 +116,11 @@ class Server:
             client.connect(listener.getsockname())
             daemon = program("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd", "virtiofsd")
             arguments = ["-f", f"--fd={listener.fileno()}", "-o", "source=/", "-o", "cache=always"]
-            arguments += ["-o", "sandbox=chroot", "-o", "xattr", "-o", "log_level=err"]
-            own = ["--mount"] if os.geteuid() == 0 else ["--mount", "--map-root-user"]
-            jail = [program("unshare"), *own, "--", "/bin/sh", "-c", READ_ONLY, "sh"]
+            arguments += ["-o", "sandbox=chroot", "-o", "log_level=err"]
+            jail = [program("unshare"), "--mount", "--", "/bin/sh", "-c", READ_ONLY, "sh"]
+            if os.geteuid() != 0:
+                jail.insert(1, "--map-root-user")
+                jail += ["env", f"LD_PRELOAD={build_noatime_shim()}"]
             self._start([*jail, daemon, *arguments], (listener.fileno(),))
         return client
 
@@ -179,7 +182,9 @@ class Server:
     def last_words(self) -> list[str]:
         """The end of the console, and what the processes said: the reason, when a boot fails."""
         log = os.pread(self.log, 65536, 0).decode(errors="replace").splitlines()
-        return [*self.console.decode(errors="replace").splitlines()[-15:], *log[-5:]]
+        console = self.console.decode(errors="replace").splitlines()
+        panic = next((n for n, line in enumerate(console) if "Kernel panic" in line), len(console))
+        return [*console[: panic + 1][-10:], *log[-5:]]
 
 
 # --- The conversation --------------------------------------------------------------------------------

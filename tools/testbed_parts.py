@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
@@ -68,22 +69,46 @@ def cpio_entry(name: str, mode: int, data: bytes = b"", device: tuple[int, int] 
     return head + b"\0" * (-len(head) % 4) + data + b"\0" * (-len(data) % 4)
 
 
-def build_initramfs(directory: Path) -> Path:
-    """Compiled and packed once, kept under the hash of all that went in."""
-    source = TOP / "tools" / "testbed_init.c"
-    modules = module_files(directory)
-    digest = hashlib.sha256(source.read_bytes() + "\n".join(map(str, modules)).encode())
-    target = CACHE / "testbed" / f"initramfs-{digest.hexdigest()[:16]}.cpio"
+def cached(name: str, recipe: bytes, make: Callable[[Path], None]) -> Path:
+    """The file of this name and recipe: from the cache, or made in a folder beside and moved there."""
+    stem, suffix = name.split(".")
+    target = CACHE / "testbed" / f"{stem}-{hashlib.sha256(recipe).hexdigest()[:16]}.{suffix}"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            init = Path(scratch, "init")
-            compiler = [program("gcc", "cc"), "-O1", "-Wall", "-static"]
-            subprocess.run([*compiler, "-o", str(init), str(source)], check=True)
-            packed = Path(scratch, "packed")
-            packed.write_bytes(pack(init, modules))
-            packed.rename(target)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            scratch = Path(folder, name)
+            make(scratch)
+            scratch.rename(target)
     return target
+
+
+def compile_c(source: Path, target: Path, *flags: str) -> None:
+    compiler = [program("gcc", "cc"), "-O1", "-Wall", *flags]
+    subprocess.run([*compiler, "-o", str(target), str(source)], check=True)
+
+
+def build_initramfs(directory: Path) -> Path:
+    source = TOP / "tools" / "testbed_init.c"
+    modules = module_files(directory)
+
+    def make(target: Path) -> None:
+        init = target.with_name("init")
+        compile_c(source, init, "-static")
+        target.write_bytes(pack(init, modules))
+
+    recipe = (
+        source.read_bytes() + Path(__file__).read_bytes() + "\n".join(map(str, modules)).encode()
+    )
+    return cached("initramfs.cpio", recipe, make)
+
+
+def build_noatime_shim() -> Path:
+    source = TOP / "tools" / "testbed_noatime.c"
+
+    def make(target: Path) -> None:
+        compile_c(source, target, "-shared", "-fPIC")
+
+    return cached("noatime.so", source.read_bytes(), make)
 
 
 def module_bytes(module: Path) -> bytes:
