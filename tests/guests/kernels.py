@@ -94,23 +94,22 @@ def elf(
     segments: tuple[tuple[int, int, bytes], ...] = ((0x10_0000, 0x1000, b"\xf4"),),
     kind: int = 2,
     order: str = "<",
+    note: bytes = b"",
 ) -> bytes:
-    """An ELF file of segments (address, memory size, bytes)."""
+    """An ELF file of segments (address, memory size, bytes) and notes."""
     header, phdr = (64, 56) if bits == 64 else (52, 32)
-    at = header + phdr * len(segments)
+    parts = [(4, 0, len(note), note)] if note else []
+    parts += [(1, *segment) for segment in segments]
+    at = header + phdr * len(parts)
     table, body = b"", b""
-    for address, memsz, data in segments:
-        place = at + len(body)
+    for type, address, memsz, data in parts:
+        place = (at + len(body), address, address, len(data), memsz)
         if bits == 64:
-            table += struct.pack(
-                f"{order}IIQQQQQQ", 1, 7, place, address, address, len(data), memsz, 16
-            )
+            table += struct.pack(f"{order}IIQQQQQQ", type, 7, *place, 16)
         else:
-            table += struct.pack(
-                f"{order}IIIIIIII", 1, place, address, address, len(data), memsz, 7, 16
-            )
+            table += struct.pack(f"{order}IIIIIIII", type, *place, 7, 16)
         body += data
     ident = b"\x7fELF" + bytes((bits // 32, 1 if order == "<" else 2, 1)) + bytes(9)
     words = "QQQ" if bits == 64 else "III"
-    rest = (kind, machine, 1, entry, header, 0, 0, header, phdr, len(segments), 0, 0, 0)
+    rest = (kind, machine, 1, entry, header, 0, 0, header, phdr, len(parts), 0, 0, 0)
     return ident + struct.pack(f"{order}HHI{words}IHHHHHH", *rest) + table + body

@@ -73,6 +73,8 @@ def read_header(source: Source) -> abi.SetupHeader:
     """Only as long as this kernel's protocol has it: what lies behind is code."""
     head = source.head(HEAD)
     end = _JUMP_END + head[0x201]
+    if source.size < end:
+        raise ImageError(f"{source.name} is a truncated bzImage: {source.size} bytes")
     return abi.SetupHeader.from_buffer_copy(
         head[abi.SETUP_HEADER_OFFSET : end].ljust(ctypes.sizeof(abi.SetupHeader), b"\0")
     )

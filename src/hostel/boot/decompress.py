@@ -31,6 +31,7 @@ from pathlib import Path
 from hostel.errors import ImageError
 
 from . import elf
+from .bzimage import ONLY_32_BIT
 from .source import Source
 
 KEEP = 4
@@ -64,16 +65,27 @@ def vmlinux(source: Source, offset: int, length: int) -> Source:
     path = _cache_path(source)
     if path is not None and (cached := _open_cached(path)) is not None:
         return cached
-    unpacked = Source.of_bytes(unpack(source, offset, length), f"the kernel in {source.name}")
-    if path is None:
-        return unpacked
-    with contextlib.suppress(OSError):
-        _store(unpacked, path)
-        _evict(path.parent)
-    if (cached := _open_cached(path)) is None:
-        return unpacked
+    name = f"the kernel in {source.name}"
+    unpacked = Source.of_bytes(unpack(source, offset, length), name)
+    try:
+        kernel = elf.parse(unpacked)
+        if kernel.bits != 64:
+            raise ImageError(ONLY_32_BIT.format(name=source.name), cure="take one for x86-64")
+        if path is None or (cached := _cache(unpacked, kernel, path)) is None:
+            return unpacked
+    except BaseException:
+        unpacked.close()
+        raise
     unpacked.close()
     return cached
+
+
+def _cache(unpacked: Source, kernel: elf.ElfFile, path: Path) -> Source | None:
+    """The entry, open; None if the cache cannot be written."""
+    with contextlib.suppress(OSError):
+        _store(unpacked, kernel, path)
+        _evict(path.parent)
+    return _open_cached(path)
 
 
 def cached_path(source: Source) -> Path | None:
@@ -105,7 +117,7 @@ def unpack(source: Source, offset: int, length: int) -> bytes:
     return data
 
 
-# --- compressions: (payload, size) -> data, at most ``size`` bytes, trailing bytes ignored --------------
+# --- compressions: (payload, size) -> data; a byte more than ``size`` is enough to know it is wrong ------
 
 
 def _unlz4(payload: bytes, size: int) -> bytes:
@@ -136,25 +148,25 @@ def _unzstd(payload: bytes, size: int) -> bytes:
 def _ungzip(payload: bytes, size: int) -> bytes:
     import zlib
 
-    return zlib.decompressobj(wbits=31).decompress(payload, size)
+    return zlib.decompressobj(wbits=31).decompress(payload, size + 1)
 
 
 def _unxz(payload: bytes, size: int) -> bytes:
     import lzma
 
-    return lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(payload, size)
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(payload, size + 1)
 
 
 def _unlzma(payload: bytes, size: int) -> bytes:
     import lzma
 
-    return lzma.LZMADecompressor(lzma.FORMAT_ALONE).decompress(payload, size)
+    return lzma.LZMADecompressor(lzma.FORMAT_ALONE).decompress(payload, size + 1)
 
 
 def _unbzip2(payload: bytes, size: int) -> bytes:
     import bz2
 
-    return bz2.BZ2Decompressor().decompress(payload, size)
+    return bz2.BZ2Decompressor().decompress(payload, size + 1)
 
 
 def _unlzo(payload: bytes, size: int) -> bytes:
@@ -197,11 +209,11 @@ def _open_cached(path: Path) -> Source | None:
     return source
 
 
-def _store(unpacked: Source, path: Path) -> None:
+def _store(unpacked: Source, kernel: elf.ElfFile, path: Path) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     fd, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
     try:
-        elf.write_compact(unpacked, elf.parse(unpacked), fd)
+        elf.write_compact(unpacked, kernel, fd)
         os.fsync(fd)
         os.replace(name, path)
     except BaseException:

@@ -139,6 +139,8 @@ def _read_header(source: Source) -> tuple[int, abi.Ehdr]:
     head = source.read(0, min(_HEADER, source.size))
     if len(head) < _HEADER:
         raise ImageError(f"{source.name} is a truncated ELF file: {source.size} bytes")
+    if not head.startswith(abi.MAGIC):
+        raise ImageError(f"{source.name} is no ELF file")
     _check_machine(source, head)
     if head[abi.EI_CLASS] == abi.ELFCLASS64:
         bits, header = 64, abi.Ehdr._make(abi.EHDR64.unpack_from(head))

@@ -117,8 +117,6 @@ def _from_bzimage(source: Source) -> KernelImage:
 def _from_payload(source: Source, inner: Source, header: abi.SetupHeader) -> KernelImage:
     try:
         kernel = elf.parse(inner)
-        if kernel.bits != 64:
-            raise ImageError(bzimage.ONLY_32_BIT.format(name=source.name))
     except ImageError:
         inner.close()
         raise
