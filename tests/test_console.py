@@ -57,6 +57,7 @@ def test_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_full_disk_does_not_end_the_machine() -> None:
+    Console(log=Path("/no/such/folder/console.log")).feed(b"no log")
     console = Console(log=Path("/dev/full"))
     console.feed(b"still here")
     assert console.history() == b"still here"

@@ -19,6 +19,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 
 from .errors import MachineStopped, MachineTimeout
@@ -53,7 +54,7 @@ class Console:
         self._input = bytearray()
         self._room = threading.Condition()
         self._closed = False
-        self._log = log.open("wb", buffering=0) if log else None
+        self._log = _open_log(log) if log else None
 
     # -- the guest's output -------------------------------------------------------------------
 
@@ -163,3 +164,11 @@ class Console:
             if self._log is not None:
                 self._log.close()
                 self._log = None
+
+
+def _open_log(path: Path) -> FileIO | None:
+    """A disk that is full is no reason not to start a machine."""
+    try:
+        return FileIO(path, "wb")
+    except OSError:
+        return None

@@ -54,6 +54,7 @@ class Monitor:
         self._ending: Ending | None = None
         self._settled = threading.Event()
         self._undo = ExitStack()
+        self._undo.callback(self.console.close)
         self._board: Board | None = None
         self._agent: socket.socket | None = None
         self._agent_is_taken = False
@@ -139,7 +140,6 @@ class Monitor:
 
     def _open(self) -> None:
         """What outlives a reset."""
-        self._undo.callback(self.console.close)
         self._loop = EventLoop(self._loop_failed)
         self._undo.callback(self._loop.stop)
         self._loop.start()
