@@ -118,7 +118,7 @@ class Queue:
         features: int = 0,
         position: tuple[int, int] = (0, 0),
     ) -> None:
-        _check_geometry(size, desc, avail, used)
+        check_geometry(size, desc, avail, used)
         self.size = size
         self.next_avail, self.next_used = position
         self._memory = memory
@@ -261,7 +261,7 @@ class Queue:
         return self.next_avail & 0xFFFF, self.next_used & 0xFFFF
 
 
-def _check_geometry(size: int, desc: int, avail: int, used: int) -> None:
+def check_geometry(size: int, desc: int, avail: int, used: int) -> None:
     """§2.7: sizes and alignments."""
     if size == 0:
         raise VirtqueueError(Fault.SIZE_ZERO, "0")

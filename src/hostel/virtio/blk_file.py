@@ -1,0 +1,146 @@
+"""A disk on the host: a raw file or a block device, opened once, checked at the border.
+
+Data goes between the file and guest memory by ``preadv`` and ``pwritev`` on views: no copy here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Callable, Sequence
+
+from hostel.errors import ImageError
+
+from .queue import take, total
+
+SECTOR = 512
+_KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 0x10  # FALLOC_FL_*, <linux/falloc.h>
+_BLKDISCARD, _BLKZEROOUT = 0x1277, 0x127F  # <linux/fs.h>
+_ZEROES = bytes(1 << 20)
+_UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTTY}
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+class DiskFile:
+    """Offsets and lengths are bytes. ``OSError`` where the host fails; the device answers for it.
+
+    Who writes holds the file alone (flock): two machines on one image would destroy it.
+    """
+
+    def __init__(self, path: str, *, read_only: bool) -> None:
+        self.path = path
+        self.read_only = read_only
+        access = os.O_RDONLY if read_only else os.O_RDWR
+        try:
+            self.fd = os.open(path, access | os.O_CLOEXEC)
+        except OSError as error:
+            raise ImageError(
+                f"disk {path}: {error.strerror}",
+                cure="" if read_only else "give it as read-only if it need not be written",
+            ) from None
+        try:
+            self.is_device = self._check()
+            self._lock()
+            self.size = self._measure()
+        except (ImageError, OSError):
+            os.close(self.fd)
+            raise
+
+    def _check(self) -> bool:
+        mode = os.fstat(self.fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise ImageError(f"disk {self.path} is neither a file nor a block device")
+        if os.lseek(self.fd, 0, os.SEEK_END) < SECTOR:
+            raise ImageError(
+                f"disk {self.path} is empty", cure="truncate -s 10G makes a sparse one"
+            )
+        return stat.S_ISBLK(mode)
+
+    def _lock(self) -> None:
+        kind = fcntl.LOCK_SH if self.read_only else fcntl.LOCK_EX
+        try:
+            fcntl.flock(self.fd, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ImageError(
+                f"disk {self.path} is in use",
+                cost="two machines writing one disk would destroy it",
+                cure="stop the other machine, or give the disk to both as read-only",
+            ) from None
+
+    def _measure(self) -> int:
+        return os.lseek(self.fd, 0, os.SEEK_END) // SECTOR * SECTOR
+
+    def refresh(self) -> None:
+        """Look at the size again."""
+        self.size = self._measure()
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    # -- requests -----------------------------------------------------------------------------
+
+    def read(self, buffers: Sequence[memoryview], offset: int) -> None:
+        _transfer(lambda parts, at: os.preadv(self.fd, parts, at), buffers, offset)
+
+    def write(self, buffers: Sequence[memoryview], offset: int, *, through: bool = False) -> None:
+        """``through``: on the medium before it returns."""
+        flags = os.RWF_DSYNC if through else 0
+        _transfer(lambda parts, at: os.pwritev(self.fd, parts, at, flags), buffers, offset)
+
+    def flush(self) -> None:
+        os.fdatasync(self.fd)
+
+    def discard(self, offset: int, length: int) -> None:
+        if self.is_device:
+            self._range_ioctl(_BLKDISCARD, offset, length)
+        else:
+            self._fallocate(_PUNCH_HOLE | _KEEP_SIZE, offset, length)
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        """By the file system or the device where they can, by hand where they cannot."""
+        try:
+            if self.is_device:
+                self._range_ioctl(_BLKZEROOUT, offset, length)
+            else:
+                mode = _PUNCH_HOLE if unmap else _ZERO_RANGE
+                self._fallocate(mode | _KEEP_SIZE, offset, length)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            self._write_zeroes_by_hand(offset, length)
+
+    def _write_zeroes_by_hand(self, offset: int, length: int) -> None:
+        while length:
+            part = memoryview(_ZEROES)[: min(length, len(_ZEROES))]
+            self.write([part], offset)
+            offset += len(part)
+            length -= len(part)
+
+    def _range_ioctl(self, request: int, offset: int, length: int) -> None:
+        fcntl.ioctl(self.fd, request, struct.pack("QQ", offset, length))
+
+    def _fallocate(self, mode: int, offset: int, length: int) -> None:
+        if _libc.fallocate(self.fd, mode, offset, length):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+
+
+def _transfer(
+    call: Callable[[Sequence[memoryview], int], int], buffers: Sequence[memoryview], offset: int
+) -> None:
+    """All of it, however little a call does; the file ending early is an error."""
+    while buffers:
+        done = call(buffers, offset)
+        if not done:
+            raise OSError(errno.EIO, "the file is shorter than the disk")
+        if done == total(buffers):
+            return
+        buffers, offset = take(buffers, done)[1], offset + done

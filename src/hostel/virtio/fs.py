@@ -1,0 +1,36 @@
+"""File system (virtio 1.2 §5.11): FUSE over virtqueues, served by a virtiofsd process.
+
+The guest mounts it by its tag: ``mount -t virtiofs TAG /mnt``.
+"""
+
+from __future__ import annotations
+
+import socket
+
+from hostel.abi import virtio as abi
+from hostel.errors import SpecError
+from hostel.vmm.loop import EventLoop
+
+from .vhost_user import VhostUserDevice
+
+TAG_BYTES = 36
+QUEUE_SIZE = 512
+"""A Linux guest sizes its largest request by it: a page for each descriptor but four."""
+REQUEST_QUEUES = 1
+"""More than one is not implemented in the virtiofsd of QEMU 7."""
+
+
+class Fs(VhostUserDevice):
+    """``sock`` is connected to the daemon's vhost-user socket."""
+
+    device_id = abi.ID_FS
+
+    def __init__(self, loop: EventLoop, sock: socket.socket, *, tag: str, name: str = "") -> None:
+        encoded = tag.encode()
+        if not 0 < len(encoded) <= TAG_BYTES:
+            raise SpecError(
+                f"a virtiofs tag has 1 to {TAG_BYTES} bytes, not {len(encoded)}: {tag!r}"
+            )
+        sizes = (QUEUE_SIZE,) * (1 + REQUEST_QUEUES)  # the high-priority queue comes first
+        super().__init__(loop, sock, name=name or f"fs {tag}", queue_sizes=sizes)
+        self.config = abi.FS_CONFIG.pack(encoded, REQUEST_QUEUES)
