@@ -108,7 +108,7 @@ def test_damage_is_found(name: str, damage: str) -> None:
     elif damage == "huge":
         size = 0xFFFF_FFFF
     else:
-        packed[12:60] = bytes(48)
+        packed[6:60] = bytes(54)
     with pytest.raises(ImageError, match="its compressed kernel is broken"):
         unpack(bytes(packed) + size.to_bytes(4, "little"))
 
