@@ -269,7 +269,8 @@ def _features(read_only: bool, queues: int) -> int:
     )
     more = (abi.BLK_F_RO,) if read_only else (abi.BLK_F_DISCARD, abi.BLK_F_WRITE_ZEROES)
     several = (abi.BLK_F_MQ,) if queues > 1 else ()
-    return QueueDevice.features | sum(1 << bit for bit in (*bits, *more, *several))
+    own: int = sum(1 << bit for bit in (*bits, *more, *several))
+    return QueueDevice.features | own
 
 
 def _parse(queue: ServedQueue, chain: Chain) -> Request:

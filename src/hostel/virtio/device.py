@@ -7,6 +7,7 @@
 
 Contract of the life cycle, from the transport's side:
 
+* ``prepare`` is called before the driver looks at the features.
 * ``activate`` is called once the driver set DRIVER_OK, with the queues that it enabled, and again
   only after ``reset``.
 * When ``reset`` returns, no thread and no helper process touches guest memory for this device.
@@ -79,6 +80,9 @@ class VirtioDevice:
 
     def write_config(self, offset: int, data: bytes) -> None:
         """Most devices have nothing to write."""
+
+    def prepare(self) -> None:
+        """A driver was found (status DRIVER): the last moment to settle ``features`` and ``config``."""
 
     def activate(self, memory: GuestMemory, features: int, queues: Sequence[QueueWiring]) -> None:
         raise NotImplementedError

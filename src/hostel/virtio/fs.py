@@ -5,10 +5,11 @@ The guest mounts it by its tag: ``mount -t virtiofs TAG /mnt``.
 
 from __future__ import annotations
 
+import os
 import socket
 
 from hostel.abi import virtio as abi
-from hostel.errors import SpecError
+from hostel.errors import HelperError, SpecError
 from hostel.vmm.loop import EventLoop
 
 from .vhost_user import VhostUserDevice
@@ -20,17 +21,29 @@ REQUEST_QUEUES = 1
 """More than one is not implemented in the virtiofsd of QEMU 7."""
 
 
-class Fs(VhostUserDevice):
-    """``sock`` is connected to the daemon's vhost-user socket."""
+class VirtioFs(VhostUserDevice):
+    """``path`` is a socket that is bound already; the daemon may come to listen later."""
 
     device_id = abi.ID_FS
 
-    def __init__(self, loop: EventLoop, sock: socket.socket, *, tag: str, name: str = "") -> None:
+    def __init__(
+        self, loop: EventLoop, tag: str, path: str | os.PathLike[str], *, name: str = ""
+    ) -> None:
         encoded = tag.encode()
         if not 0 < len(encoded) <= TAG_BYTES:
             raise SpecError(
                 f"a virtiofs tag has 1 to {TAG_BYTES} bytes, not {len(encoded)}: {tag!r}"
             )
-        sizes = (QUEUE_SIZE,) * (1 + REQUEST_QUEUES)  # the high-priority queue comes first
-        super().__init__(loop, sock, name=name or f"fs {tag}", queue_sizes=sizes)
         self.config = abi.FS_CONFIG.pack(encoded, REQUEST_QUEUES)
+        sizes = (QUEUE_SIZE,) * (1 + REQUEST_QUEUES)  # the high-priority queue comes first
+        super().__init__(loop, _connect(path), name=name or f"fs {tag}", queue_sizes=sizes)
+
+
+def _connect(path: str | os.PathLike[str]) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.connect(os.fspath(path))
+    except OSError as error:
+        sock.close()
+        raise HelperError(f"virtiofsd at {path} cannot be reached: {error.strerror}") from None
+    return sock

@@ -121,6 +121,13 @@ class Transport:
     def _advance(self, bit: int) -> None:
         self._status |= bit
 
+    def _meet(self, bit: int) -> None:
+        self._status |= bit
+        try:
+            self.device.prepare()
+        except HostelError as error:
+            self.device.fail(error)
+
     def _accept_features(self, bit: int) -> None:
         """§3.1.1 step 5: the bit stays 0 unless we can work with what the driver chose."""
         chosen = self.driver_features
@@ -260,6 +267,7 @@ class Transport:
             self._status = state["status"]
             self._broken = state["broken"]
             if self.running and not self._broken:
+                self._meet(DRIVER)
                 self._start(DRIVER_OK)
 
 
@@ -268,7 +276,7 @@ Step = Callable[[Transport, int], None]
 # turn stays 0, and so does everything above it; no bit is ever cleared but by reset.
 LADDER: tuple[tuple[int, int, Step], ...] = (
     (ACKNOWLEDGE, 0, Transport._advance),
-    (DRIVER, ACKNOWLEDGE, Transport._advance),
+    (DRIVER, ACKNOWLEDGE, Transport._meet),
     (FEATURES_OK, DRIVER, Transport._accept_features),
     (DRIVER_OK, FEATURES_OK, Transport._start),
     (FAILED, 0, Transport._advance),

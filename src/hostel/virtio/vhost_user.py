@@ -198,9 +198,21 @@ class VhostUserDevice(VirtioDevice):
         self._wirings: list[QueueWiring] = []
         self._bases: dict[int, int] = {}
         self._alive = True
-        known = 1 << virtio.F_VERSION_1 | RING_FEATURES | device_features
-        self.features = self._shake_hands() & known
+        self._known = 1 << virtio.F_VERSION_1 | RING_FEATURES | device_features
+        self._met = False
         loop.add(self.frontend.fileno(), self._hung_up, read=False)
+
+    def prepare(self) -> None:
+        """Only now: a backend that is just being started has time until a driver asks."""
+        with self._lock:
+            self._require_alive()
+            if not self._met:
+                self.features = self._shake_hands() & self._known
+                self._met = True
+
+    def _require_alive(self) -> None:
+        if not self._alive:
+            raise HelperError(f"{self.name}: the vhost-user backend is gone")
 
     def _shake_hands(self) -> int:
         offered = self.frontend.get_features()
@@ -223,8 +235,7 @@ class VhostUserDevice(VirtioDevice):
 
     def activate(self, memory: GuestMemory, features: int, queues: Sequence[QueueWiring]) -> None:
         with self._lock:
-            if not self._alive:
-                raise HelperError(f"{self.name}: the vhost-user backend is gone")
+            self._require_alive()
             for wiring in queues:
                 _check(memory, wiring)
             self.frontend.set_features(features | 1 << abi.F_PROTOCOL_FEATURES)
