@@ -59,7 +59,6 @@ echo "input: $(cat)"
 echo "volume: $(cat /mnt/volume/file)"
 echo changed > /mnt/volume/written
 echo x > /mnt/fixed/file 2> /dev/null && echo "a read-only volume was written"
-echo x > /etc/hostel-test-$$ 2> /dev/null && echo "a read-only root was written"
 echo "tmpfs: $(stat -f -c %T /scratch)"; echo x > /scratch/file || exit 1
 tty > /dev/null && echo "a terminal that nobody asked for"
 env | sed 's/^/env: /'
@@ -77,7 +76,7 @@ def test_one_machine_and_everything_about_it(tmp_path: Path) -> None:
     output = tmp_path / "output"
     output.write_text("before\n")
     arguments = ["a  b", "", "*", "$HOME", "--", "-x", "ä\n"]
-    options = ["--json", "--cpus", "2", "-H", "guest-1", "--read-only", "--tmpfs", "/scratch"]
+    options = ["--json", "--cpus", "2", "-H", "guest-1", "--tmpfs", "/scratch"]
     volumes = ["-v", f"{volume}:/mnt/volume", "-v", f"{fixed}:/mnt/fixed:ro"]
     variables = ["-e", "GIVEN=a b", "-e", "COPIED", "-e", "ABSENT"]
     with output.open("ab") as stdout:
@@ -126,6 +125,14 @@ def test_one_machine_and_everything_about_it(tmp_path: Path) -> None:
     assert all(0 <= seconds < 120 for seconds in record["timings"].values())
 
 
+def test_read_only_root_as_another_user(hostel: Hostel) -> None:
+    script = "touch /etc/x || id -un; pwd; echo $HOME $USER"
+    result = hostel("run", "-q", "--read-only", "-w", "/", "-u", "nobody", "sh", "-c", script)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [b"nobody", b"/", b"/nonexistent", b"nobody"]
+    assert b"Read-only file system" in result.stderr or b"Permission denied" in result.stderr
+
+
 def test_what_is_written_does_not_reach_the_host(hostel: Hostel, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
     script = "echo new > file; echo new > other; cat file"
@@ -161,8 +168,8 @@ def test_timeout_ends_even_who_ignores_it(hostel: Hostel) -> None:
     script = "trap '' TERM; echo ready; while :; do sleep 1; done"
     limits = ["--timeout", "1", "--stop-timeout", "1"]
     result = hostel("run", "-q", *limits, "sh", "-c", script)
-    assert result.returncode == 124
-    assert result.stdout == READY
+    assert (result.returncode, result.stdout) == (124, READY)
+    assert result.stderr == b"hostel: sh did not end within 1 s (--timeout)\n"
 
 
 def test_signals_reach_the_command() -> None:

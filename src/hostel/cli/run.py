@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hostel.errors import UserError
+from hostel.errors import MachineTimeout, UserError
 from hostel.spec import DEFAULT_MEMORY, Disk, MachineSpec, Root, Volume
 
 from . import options as opt
 from . import terminal
-from .entry import TIMED_OUT
+from .entry import EndedBySignal
 from .options import option
 from .say import say
 
 if TYPE_CHECKING:
-    from hostel.guest.client import ExitStatus
+    from hostel.guest.client import ExitStatus, GuestProcess
     from hostel.machine import Machine
     from hostel.plan import Plan
 
@@ -264,10 +264,9 @@ class _Run:
             status, seconds = self._execute(machine, signals)
             signals.ending()
         if status.error:
-            say.fail(f"{self._argv[0]}: {status.error}")
-        code = TIMED_OUT if signals.timed_out else status.returncode
-        self._report(machine, code, seconds)
-        return code
+            say.fail(status.error)
+        self._report(machine, status.returncode, seconds)
+        return status.returncode
 
     def _boot(self, machine: Machine) -> None:
         """Until the guest can run commands; what runs it is said first, should it fail."""
@@ -294,8 +293,19 @@ class _Run:
                 stderr=terminal.STDERR,
             )
             signals.running(process)
-            status = process.wait()
+            status = self._wait(process, signals)
         return status, time.monotonic() - begun
+
+    def _wait(self, process: GuestProcess, signals: Signals) -> ExitStatus:
+        try:
+            status = process.wait()
+        except EndedBySignal:
+            if not signals.timed_out:
+                raise
+        if signals.timed_out:
+            limit = self._options.timeout
+            raise MachineTimeout(f"{self._argv[0]} did not end within {limit:g} s (--timeout)")
+        return status
 
     def _report(self, machine: Machine, code: int, seconds: float) -> None:
         timings = {**_steps(machine.timings), "command": seconds}
