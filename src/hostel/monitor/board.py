@@ -34,9 +34,6 @@ from .seats import SEATS
 from .terminal import Terminal, is_dev_console
 from .virtio import seat_on_mmio, seat_on_pci
 
-FLUSH_SECONDS = 0.01
-"""How long a piece of a line may wait in the serial port."""
-
 
 class Owner(Protocol):
     """Who is told what becomes of the board; on any thread, a vCPU's too."""
@@ -201,8 +198,8 @@ class Board:
         with self.ports.lock(device):
             call()
 
-    def enter_later(self, device: Device, call: Callable[[], None]) -> None:
-        self.loop.call_later(FLUSH_SECONDS, lambda: self.enter(device, call))
+    def enter_later(self, seconds: float, device: Device, call: Callable[[], None]) -> None:
+        self.loop.call_later(seconds, lambda: self.enter(device, call))
 
     def poll_input(self) -> None:
         """The console has input. On the event loop."""

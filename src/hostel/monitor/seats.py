@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from .board import Board
 
 
+FLUSH_SECONDS = 0.01
+"""How long a piece of a line may wait in the serial port."""
+
+
 @dataclass(frozen=True, slots=True)
 class Seat:
     """``width``: the widest access that the device takes at once, in bytes."""
@@ -36,7 +40,7 @@ def _serial(board: Board) -> Serial:
         board.interrupts.line(layout.GSI_COM1),
         board.console.feed,
         source=board.console.take,
-        later=lambda port: board.enter_later(port, port.flush),
+        later=lambda port: board.enter_later(FLUSH_SECONDS, port, port.flush),
     )
 
 
