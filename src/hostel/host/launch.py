@@ -36,6 +36,11 @@ NR_MOUNT_SETATTR = 442  # the same on every architecture
 PR_SET_PDEATHSIG = 1
 PR_SET_SECCOMP = 22
 PR_SET_NO_NEW_PRIVS = 38
+PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE = 47, 2
+CAPABILITY_VERSION = 0x20080522
+# chown, dac_override, fowner, fsetid, setgid, setuid, mknod, setfcap: what virtiofsd keeps;
+# setpcap, sys_chroot: what it takes to get rid of the rest
+CAPABILITIES = (0, 1, 3, 4, 6, 7, 27, 31, 8, 18)
 SECCOMP_MODE_FILTER = 2
 SIGKILL = 9
 
@@ -170,6 +175,17 @@ def make_read_only() -> None:
     check(result, "cannot make the share read-only (needs Linux 5.12)")
 
 
+def keep_capabilities() -> None:
+    """Through exec, which for any uid but 0 keeps the ambient ones only (capabilities(7))."""
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
+    data = (ctypes.c_uint32 * 6)()
+    check(libc.capget(header, data), "capget")
+    data[2], data[5] = data[1], data[4]  # inheritable: all that is permitted
+    check(libc.capset(header, data), "capset")
+    for number in CAPABILITIES:
+        check(libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, number, 0, 0), "ambient")
+
+
 def keep_groups() -> None:
     """Let setgroups(2) do nothing and succeed.
 
@@ -199,8 +215,7 @@ def main() -> None:
     parent, (source, name, stage, mode, *command) = int(sys.argv[1]), sys.argv[2:]
     die_with(parent)
     try:
-        if enter_namespace():
-            keep_groups()
+        in_user_namespace = enter_namespace()
         if libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None) < 0:
             fail(f"private mounts: {os.strerror(ctypes.get_errno())}")
         bind(source, name, stage)
@@ -208,6 +223,9 @@ def main() -> None:
         if mode == "ro":
             make_read_only()
         raise_file_limit()
+        if in_user_namespace:
+            keep_capabilities()
+            keep_groups()
         die_with(parent)
         os.execv(command[0], command)
     except OSError as error:
