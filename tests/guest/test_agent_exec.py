@@ -113,6 +113,8 @@ def test_standard_input_and_its_end(client: AgentClient) -> None:
 def test_no_standard_input(client: AgentClient) -> None:
     process = client.spawn(["readlink", "/proc/self/fd/0"], env=PATH, stdin=False)
     assert process.read() == ("stdout", b"/dev/null\n")
+    with pytest.raises(AgentError, match="no longer reads"):
+        process.write(b"x")
     assert process.wait(10).code == 0
 
 

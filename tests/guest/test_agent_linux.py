@@ -122,6 +122,8 @@ def run(client: AgentClient, script: str, **options: object) -> str:
     return out.decode()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("poweroff") is None, reason="poweroff is not installed")
 def test_a_machine(kernel: kernels.Kernel, runtime: Path, tmp_path: Path) -> None:
     """One boot, everything in it: a boot costs seconds."""
     (tmp_path / "host").write_text("of the host")
@@ -142,7 +144,7 @@ def test_a_machine(kernel: kernels.Kernel, runtime: Path, tmp_path: Path) -> Non
         check_orphans(client)
         with pytest.raises(AgentError, match="mount ext4 /dev/nothing on /mnt: No such file"):
             client.setup([Mount("ext4", "/dev/nothing", "/mnt")])
-        client.shutdown(How.POWEROFF)
+        client.spawn(["poweroff"], env=PATH)
         assert machine.wait(30) == 0
     assert "reboot: Power down" in (runtime / "console").read_text(errors="replace")
 
@@ -161,6 +163,7 @@ def check_root(client: AgentClient, tmp_path: Path) -> None:
     assert run(client, "cat /sys/class/net/lo/operstate /proc/1/comm") == "unknown\ninit\n"
     assert run(client, "id -un", user="nobody") == "nobody\n"
     assert run(client, "tty; stty size", tty=Tty(30, 90)) == "/dev/pts/0\r\n30 90\r\n"
+    assert run(client, "ulimit -Sn; ulimit -Hn") == "1024\n524288\n"
     assert run(client, "ls /hostel 2>&1 || true").startswith("ls: cannot access")
 
 

@@ -134,7 +134,7 @@ class AgentClient:
         _write_user(message, user)
         message.string(cwd).strings(argv)
         message.strings([f"{name}={value}" for name, value in variables.items()])
-        process = GuestProcess(self._connection)
+        process = GuestProcess(self._connection, has_input=stdin is not False or tty is not None)
         self._connection.send(Type.EXEC, process.id, message.data)
         _attach(process, stdin, stdout, stderr)
         return process

@@ -83,12 +83,12 @@ class Output:
 class Stream:
     """What commands and file transfers have in common: a stream of the connection with its channels."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, has_input: bool = True) -> None:
         self._connection = connection
         self._changed = threading.Condition()
         self._outputs = {Channel.STDOUT: Output(), Channel.STDERR: Output()}
         self._window = WINDOW
-        self._input_open = True
+        self._input_open = has_input
         self._input_wake = -1
         self._status: ExitStatus | None = None
         self._error: HostelError | None = None
@@ -218,8 +218,8 @@ class Stream:
 class GuestProcess(Stream):
     """A running command; made by ``AgentClient.spawn``."""
 
-    def __init__(self, connection: Connection) -> None:
-        super().__init__(connection)
+    def __init__(self, connection: Connection, has_input: bool = True) -> None:
+        super().__init__(connection, has_input)
         self._pumps: list[threading.Thread] = []
         self._unpumped: tuple[Channel, ...] = (Channel.STDOUT, Channel.STDERR)
 
@@ -258,7 +258,6 @@ class GuestProcess(Stream):
         collector.start()
         self._pumps.append(collector)
         status = self.wait(timeout)
-        feeder.join()
         return bytes(collected["stdout"]), bytes(collected["stderr"]), status
 
     def _feed(self, data: bytes) -> None:

@@ -20,9 +20,9 @@
 
 #include "agent.h"
 
-enum { INBOX = 4 * (HEADER_SIZE + MAX_PAYLOAD), HANGUP_TICK_MS = 10 };
+enum { INBOX = 4 * (HEADER_SIZE + MAX_PAYLOAD), HANGUP_TICK_MS = 10, OWN = 3 };
 
-static int port = -1, signals = -1;
+static int port = -1, signals = -1, init_control = -1;
 static bool hung_up;
 static uint8_t inbox[INBOX];
 static size_t inbox_size;
@@ -70,15 +70,23 @@ static void take_request(const struct header *header, const uint8_t *payload)
 	buffer_free(&request);
 }
 
+/* A new host knows nothing of the streams of one before. */
+static void greet(void)
+{
+	streams_detach();
+	buffer_free(&outbox);
+	buffer_free(&request);
+	say_hello();
+}
+
 static void take_frame(const struct header *header, const uint8_t *payload)
 {
 	struct cursor cursor = { payload, payload + header->length, false };
 	struct stream *stream;
 
 	switch (header->type) {
-	case TYPE_HELLO:	/* a new host, which knows nothing of the streams of one before */
-		streams_detach();
-		say_hello();
+	case TYPE_HELLO:
+		greet();
 		break;
 	case TYPE_EXEC: case TYPE_SETUP: case TYPE_PACK: case TYPE_UNPACK:
 		take_request(header, payload);
@@ -114,18 +122,17 @@ static void take_frames(void)
 
 /* The port */
 
-/* The host's end is closed. A virtio port stays and may be opened again; a socket does not. */
+/* The host's end is closed. A socket stays so; a virtio port may be opened again, and the guest may learn
+ * of both only after the next host has greeted (control messages travel on a queue of their own, virtio
+ * 1.2 §5.3.6.2). So this only waits: it is the greeting that ends what was before. */
 static void hang_up(void)
 {
-	if (hung_up)
-		return;
-	streams_detach();
-	if (!is_init)
+	if (!is_init) {
+		streams_detach();
 		_exit(0);
+	}
 	hung_up = true;
-	buffer_free(&outbox);
-	buffer_free(&request);
-	inbox_size = 0;
+	inbox_size = 0;		/* half a frame of the old host's */
 }
 
 static void read_port(void)
@@ -213,24 +220,27 @@ static void stream_poll(const struct stream *stream, struct pollfd *at)
 
 static void turn(void)
 {
-	static struct pollfd polled[2 + 4 * MAX_STREAMS];
+	static struct pollfd polled[OWN + 4 * MAX_STREAMS];
 	struct stream *stream;
-	struct pollfd *at = polled + 2;
+	struct pollfd *at = polled + OWN;
 	bool take = buffer_size(&outbox) < OUTBOX_HIGH, give = buffer_size(&outbox) && !hung_up;
 
 	polled[0] = (struct pollfd){ hung_up ? -1 : port, (take ? POLLIN : 0) | (give ? POLLOUT : 0), 0 };
 	polled[1] = (struct pollfd){ signals, POLLIN, 0 };
+	polled[2] = (struct pollfd){ init_control, POLLIN, 0 };
 	for (stream = streams; stream; stream = stream->next, at += 4)
 		stream_poll(stream, at);
 	if (poll(polled, at - polled, hung_up ? HANGUP_TICK_MS : -1) < 0 && errno != EINTR)
 		die("poll", errno);
 	/* New streams come first in the list, so these are served before any is added. */
-	at = polled + 2;
+	at = polled + OWN;
 	for (stream = streams; stream; stream = stream->next, at += 4)
 		for (int slot = 0; slot < 4; slot++)
 			stream_ready(stream, slot, at[slot].revents);
 	if (polled[1].revents)
 		take_signals();
+	if (polled[2].revents)
+		take_init_request(init_control);
 	port_ready(polled[0].revents);
 	streams_finish();
 	if (hung_up)
@@ -265,6 +275,7 @@ int main(int argc, char **argv)
 	boot();
 	watch_signals();
 	port = is_init ? find_port() : atoi(argv[2]);
+	init_control = open_init_control();
 	fcntl(port, F_SETFD, FD_CLOEXEC);
 	fcntl(port, F_SETFL, fcntl(port, F_GETFL) | O_NONBLOCK);
 	for (;;)

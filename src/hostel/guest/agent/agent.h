@@ -121,6 +121,9 @@ int make_directories(const char *path, mode_t mode);
 
 extern bool is_init;
 void boot(void);
+void command_limits(void);
+int open_init_control(void);
+void take_init_request(int fd);
 int find_port(void);
 void say_hello(void);
 _Noreturn void die(const char *step, int error);

@@ -7,7 +7,6 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/netlink.h>
 #include <net/if.h>
 #include <poll.h>
 #include <signal.h>
@@ -16,6 +15,7 @@
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -27,7 +27,15 @@
 
 #include "agent.h"
 
-enum { PORT_TIMEOUT_MS = 30000, PORT_TICK_MS = 20 };
+enum { PORT_TIMEOUT_MS = 30000, PORT_TICK_MS = 20, COMMAND_FILES = 1024, MOST_FILES = 1 << 19 };
+
+/* linux/netlink.h, which a musl tool chain may lack. */
+enum { KOBJECT_UEVENT = 15, KERNEL_GROUP = 1 };
+struct netlink_address {
+	sa_family_t family;
+	unsigned short pad;
+	uint32_t pid, groups;
+};
 
 bool is_init;
 static uint64_t started;
@@ -152,6 +160,23 @@ static void load_modules(void)
 		fclose(list);
 }
 
+/* 524288 is what systemd gives; the agent itself needs four for each of its streams. */
+static void raise_limits(void)
+{
+	struct rlimit limit = { MOST_FILES, MOST_FILES };
+
+	setrlimit(RLIMIT_NOFILE, &limit);
+}
+
+/* A command starts with the soft limit that select(2) needs. Called in a child. */
+void command_limits(void)
+{
+	struct rlimit limit = { COMMAND_FILES, MOST_FILES };
+
+	if (is_init)
+		setrlimit(RLIMIT_NOFILE, &limit);
+}
+
 void boot(void)
 {
 	started = now();
@@ -159,9 +184,34 @@ void boot(void)
 	if (!is_init)
 		return;
 	reboot(RB_DISABLE_CAD);
+	raise_limits();
 	mount_system();
 	load_modules();
 	loopback_up();
+}
+
+/* Where poweroff(8) and reboot(8) turn to if there is no systemd: a FIFO that takes the requests of
+ * System V's init (initreq.h: magic, command, run level, of 384 bytes in all). */
+
+enum { INIT_MAGIC = 0x03091969, INIT_RUN_LEVEL = 1 };
+
+int open_init_control(void)
+{
+	if (!is_init || mkfifo("/run/initctl", 0600))
+		return -1;
+	return open("/run/initctl", O_RDWR | O_NONBLOCK | O_CLOEXEC);
+}
+
+void take_init_request(int fd)
+{
+	int32_t request[96];
+
+	if (read(fd, request, sizeof request) != sizeof request || request[0] != INIT_MAGIC)
+		return;
+	if (request[1] == INIT_RUN_LEVEL && request[2] == '0')
+		shut_down(HOW_POWEROFF);
+	if (request[1] == INIT_RUN_LEVEL && request[2] == '6')
+		shut_down(HOW_REBOOT);
 }
 
 /* The port: no udev here, so its name is looked up in sysfs. The driver learns names from the host,
@@ -218,8 +268,8 @@ static int scan_ports(void)
 
 static int open_uevents(void)
 {
-	struct sockaddr_nl address = { .nl_family = AF_NETLINK, .nl_groups = 1 };
-	int fd = socket(AF_NETLINK, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, NETLINK_KOBJECT_UEVENT);
+	struct netlink_address address = { .family = AF_NETLINK, .groups = KERNEL_GROUP };
+	int fd = socket(AF_NETLINK, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, KOBJECT_UEVENT);
 
 	if (fd >= 0)
 		bind(fd, (struct sockaddr *)&address, sizeof address);

@@ -65,6 +65,7 @@ struct child *child_self(struct child *child)
 {
 	setsid();
 	default_signals();
+	command_limits();
 	umask(022);
 	for (int fd = 0; fd < 3; fd++) {
 		int from = child->tty >= 0 ? child->tty : child->fd[fd];
