@@ -1,0 +1,155 @@
+"""``abi.boot`` and ``abi.elf`` against the C compiler's view of <asm/bootparam.h> and <elf.h>.
+
+PVH and multiboot have no headers on a host: tiny kernels with C structures of their own read what we
+write (``tests/boot/test_load_kvm.py``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Iterator
+from struct import Struct
+from typing import Any
+
+import pytest
+
+from hostel.abi import boot, elf
+
+STRUCTURES = {
+    "struct setup_header": boot.SetupHeader,
+    "struct boot_params": boot.BootParams,
+    "struct boot_e820_entry": boot.E820Entry,
+    "struct setup_data": boot.SetupData,
+}
+NUMBERS = {
+    "E820_MAX_ENTRIES_ZEROPAGE": boot.E820_MAX_ENTRIES,
+    "LOADED_HIGH": boot.LOADED_HIGH,
+    "XLF_KERNEL_64": boot.XLF_KERNEL_64,
+    "SETUP_RNG_SEED": boot.SETUP_RNG_SEED,
+    **{
+        name: getattr(elf, name)
+        for name in ("EI_CLASS", "EI_DATA", "EI_NIDENT", "ELFCLASS32", "ELFCLASS64", "ELFDATA2LSB")
+    },
+    **{
+        name: getattr(elf, name)
+        for name in (
+            "ELFDATA2MSB",
+            "ET_EXEC",
+            "ET_DYN",
+            "EM_386",
+            "EM_X86_64",
+            "PT_LOAD",
+            "PT_NOTE",
+        )
+    },
+}
+CPUS = {
+    "EM_NONE": "no CPU",
+    "EM_SPARC": "sparc",
+    "EM_MIPS": "mips",
+    "EM_PPC": "powerpc",
+    "EM_PPC64": "ppc64",
+    "EM_S390": "s390x",
+    "EM_ARM": "arm",
+    "EM_SH": "sh",
+    "EM_BPF": "bpf",
+    "EM_SPARCV9": "sparc64",
+    "EM_IA_64": "ia64",
+    "EM_AARCH64": "aarch64",
+    "EM_RISCV": "riscv",
+    "EM_LOONGARCH": "loongarch",
+    "EM_386": "i386",
+    "EM_X86_64": "x86-64",
+}
+PACKED = {"Elf32_Ehdr": elf.EHDR32, "Elf64_Ehdr": elf.EHDR64, "Elf64_Phdr": elf.PHDR64}
+
+
+def expected() -> dict[str, int]:
+    """C expression → our value."""
+    table = dict(NUMBERS)
+    table |= {
+        name: next(n for n, cpu in elf.MACHINES.items() if cpu == CPUS[name]) for name in CPUS
+    }
+    for name, cls in STRUCTURES.items():
+        table[f"sizeof({name})"] = ctypes.sizeof(cls)
+        for field, kind in fields(cls):
+            table[f"offsetof({name}, {field})"] = getattr(cls, field).offset
+            table[f"sizeof((({name} *)0)->{field})"] = ctypes.sizeof(kind)
+    for name, layout in PACKED.items():
+        table[f"sizeof({name})"] = layout.size
+    table["sizeof(Elf32_Phdr)"] = elf.PHDR32_SIZE
+    table["sizeof(Elf64_Nhdr)"] = elf.NHDR.size
+    for field, offset in zip(elf.Ehdr._fields, offsets(elf.EHDR64), strict=True):
+        table[f"offsetof(Elf64_Ehdr, {field})"] = offset
+    for field, offset in zip(elf.Ehdr._fields, offsets(elf.EHDR32), strict=True):
+        table[f"offsetof(Elf32_Ehdr, {field})"] = offset
+    for field, offset in zip(elf.Phdr._fields, offsets(elf.PHDR64), strict=True):
+        table[f"offsetof(Elf64_Phdr, {field})"] = offset
+    return table
+
+
+def fields(cls: type[ctypes.Structure]) -> Iterator[tuple[str, Any]]:
+    """Those that the header has too."""
+    for name, kind, *_ in cls._fields_:
+        if not name.startswith("_"):
+            yield name, kind
+
+
+def offsets(layout: Struct) -> list[int]:
+    """Of each number in a format without padding but at its begin."""
+    codes = layout.format.lstrip("<").removeprefix("16x")
+    start = 16 if "x" in layout.format else 0
+    return [start + Struct(f"<{codes[:index]}").size for index in range(len(codes))]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler (apt-get install gcc libc6-dev)")
+    directory = tmp_path_factory.mktemp("probe")
+    lines = "\n".join(
+        f'printf("%s=%llu\\n", "{what}", (unsigned long long)({what}));' for what in expected()
+    )
+    headers = ("stddef.h", "stdio.h", "elf.h", "linux/types.h", "asm/bootparam.h")
+    includes = "\n".join(f"#include <{header}>" for header in headers)
+    # Newer than Debian 12's headers may be:
+    fallback = "#ifndef EM_LOONGARCH\n#define EM_LOONGARCH 258\n#endif"
+    source, program = directory / "probe.c", directory / "probe"
+    source.write_text(f"{includes}\n{fallback}\nint main(void) {{\n{lines}\nreturn 0;\n}}\n")
+    done = subprocess.run(
+        [compiler, "-o", program, source], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    output = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    return {
+        name: int(value) for name, value in (line.rsplit("=", 1) for line in output.splitlines())
+    }
+
+
+def test_every_size_offset_and_number(found: dict[str, int]) -> None:
+    assert found == expected()
+
+
+def test_the_32_bit_program_header() -> None:
+    """Its fields stand in another order; <elf.h>: type, offset, vaddr, paddr, filesz, memsz, flags, align."""
+    data = Struct("<8I").pack(1, 2, 3, 4, 5, 6, 7, 8)
+    assert elf.parse_phdr32(data, 0) == elf.Phdr(
+        p_type=1, p_offset=2, p_vaddr=3, p_paddr=4, p_filesz=5, p_memsz=6, p_flags=7, p_align=8
+    )
+
+
+def test_pvh_and_multiboot_sizes() -> None:
+    """As their specifications count them; Xen's start_info.h and Multiboot 0.6.96 §3.3."""
+    sizes = {
+        boot.HvmStartInfo: 56,
+        boot.HvmModlistEntry: 32,
+        boot.HvmMemmapEntry: 24,
+        boot.MultibootHeader: 32,
+        boot.MultibootInfo: 72,
+        boot.MultibootModule: 16,
+        boot.MultibootMmapEntry: 24,
+    }
+    assert {cls: ctypes.sizeof(cls) for cls in sizes} == sizes
