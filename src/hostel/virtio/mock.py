@@ -78,9 +78,13 @@ class DriverQueue:
         indirect: bool = False,
     ) -> int:
         """Offer a chain; its head. ``IndexError`` where no descriptor is free."""
+        readable, writable = list(readable), list(writable)
+        need = 1 if indirect else len(readable) + len(writable)
+        if need > len(self._free):
+            raise IndexError(f"{need} descriptors wanted, {len(self._free)} free")
         buffers = [self._store(data) for data in readable]
         buffers += [(self._allocate(length), length, True) for length in writable]
-        entries = [self._free.pop() for _ in ([0] if indirect else buffers)]
+        entries = [self._free.pop() for _ in range(need)]
         if indirect:
             table = b"".join(_entry(buffers, at, at + 1) for at in range(len(buffers)))
             address = self._allocate(len(table))

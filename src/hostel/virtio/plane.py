@@ -152,7 +152,7 @@ class QueueDevice(VirtioDevice):
 
     def statistics(self) -> dict[str, Any]:
         with self.lock:
-            queues = {index: queue.statistics() for index, queue in self.queues.items()}
+            queues = {str(index): queue.statistics() for index, queue in self.queues.items()}
         return {**super().statistics(), "queues": queues}
 
     def guarded(self, work: Callable[[], None]) -> None:
