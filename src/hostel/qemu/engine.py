@@ -55,7 +55,8 @@ class QemuEngine:
         self._ending: Ending | None = None
         self._reason = ""
         self._stopping = False
-        self._restarts = 0
+        self._resets = 0
+        """Its firmware adds some of its own to each of the guest's."""
         self._helper: Helper | None = None
         self._agent: socket.socket | None = None
         self._agent_is_taken = False
@@ -104,7 +105,7 @@ class QemuEngine:
 
     def statistics(self) -> dict[str, Any]:
         """What the host says of the QEMU process."""
-        own = {"engine": "qemu", "accel": self.plan.accel, "restarts": self._restarts}
+        own = {"engine": "qemu", "accel": self.plan.accel, "resets": self._resets}
         own["console_bytes"] = self.console.total
         if self._helper is None or not self._helper.alive():
             return own
@@ -114,13 +115,15 @@ class QemuEngine:
 
     def _power_on(self) -> Helper:
         """QEMU first; all else while it starts."""
-        qemu = toolbox.find_qemu()
+        qemu, kernel = toolbox.find_qemu(), self._kernel()
         ours, theirs = {}, {}
         for name in command.streams(self.plan):
             ours[name], theirs[name] = socket.socketpair()
             self._undo.callback(theirs[name].close)
+            self._undo.callback(self._close_agent if name == "agent" else ours[name].close)
+        self._agent = ours.get("agent")
         fds = {name: end.fileno() for name, end in theirs.items()}
-        argv = command.arguments(self.plan, self._kernel(), fds)
+        argv = command.arguments(self.plan, kernel, fds)
         helper = Helper(
             "qemu",
             [qemu, *argv],
@@ -150,8 +153,6 @@ class QemuEngine:
         ]
         for stream in self._streams:
             self._undo.callback(stream.close)
-        self._agent = ends.get("agent")
-        self._undo.callback(self._close_agent)
 
     def _close_agent(self) -> None:
         if self._agent is not None and not self._agent_is_taken:
@@ -192,7 +193,7 @@ class QemuEngine:
         if self._panic.message:
             self._halted_in_panic()
         else:
-            self._restarts += 1
+            self._resets += 1
             self._panic.power_on()
 
     def _halted_in_panic(self) -> None:

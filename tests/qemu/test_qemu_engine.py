@@ -1,0 +1,235 @@
+"""The QEMU engine with real QEMU processes: small multiboot guests for its life, Linux for its devices."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from guests.kernels import compile_kernel
+from guests.killed import Victim, gone_within, lives
+from hostel.errors import HelperError, MachineStopped, MissingTool, SpecError, UserError
+from hostel.host.runtime import Runtime, sweep
+from hostel.plan import Ending, Plan
+from hostel.qemu import QemuEngine
+from hostel.spec import Disk, MachineSpec
+
+pytestmark = pytest.mark.qemu
+MEMORY = 32 << 20
+SECONDS = 60.0
+
+Make = Callable[..., QemuEngine]
+
+
+@pytest.fixture
+def kernel(tmp_path: Path) -> Path:
+    path = tmp_path / "kernel"
+    path.write_bytes(compile_kernel("behave", bits=32))
+    return path
+
+
+@pytest.fixture
+def make(kernel: Path) -> Iterator[Make]:
+    """An engine for a guest that behaves as its command line says; stopped at the end."""
+    engines: list[QemuEngine] = []
+    with Runtime() as runtime:
+
+        def engine(
+            cmdline: str = "", *, spec: dict[str, Any] | None = None, **fields: Any
+        ) -> QemuEngine:
+            plan = Plan(
+                spec=MachineSpec(memory=MEMORY, on_reboot="stop").replace(**(spec or {})),
+                engine="qemu",
+                reason="a test",
+                kernel=kernel,
+                release="",
+                initrd=None,
+                cmdline=cmdline,
+                disks=(),
+                shares=(),
+                runtime=runtime.path,
+                agent=False,
+                accel="tcg",
+            )
+            engines.append(QemuEngine(replace(plan, **fields)))
+            return engines[-1]
+
+        yield engine
+        for engine_ in engines:
+            engine_.stop()
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "ending"),
+    [
+        ("off", Ending("poweroff")),
+        ("reset", Ending("reset")),
+        ("exit", Ending("debug-exit", code=0x43)),
+        ("panic reset", Ending("panic", "Kernel panic - not syncing: as told")),
+        ("panic halted", Ending("panic", "Kernel panic - not syncing: as told")),
+    ],
+)
+def test_how_it_ended(make: Make, cmdline: str, ending: Ending) -> None:
+    engine = make(cmdline)
+    engine.start()
+    assert engine.wait(SECONDS) == ending
+    assert b"hello" in engine.console.history()
+    assert engine.wait() == ending
+
+
+@pytest.mark.parametrize("transport", ["pci", "mmio"])
+def test_console_both_ways(make: Make, transport: str) -> None:
+    engine = make(spec={"transport": transport})
+    engine.start()
+    engine.console.wait_for(b"hello", SECONDS)
+    text = bytes(range(33, 127)) * 40
+    engine.console.write(text)
+    engine.console.wait_for(text, SECONDS)
+    assert engine.wait(0) is None
+
+
+def test_restart_stays_one_machine(make: Make) -> None:
+    engine = make("once", spec={"on_reboot": "restart"})
+    engine.start()
+    engine.console.wait_for(b"hello\r\nhello", SECONDS)
+    assert engine.wait(0.2) is None
+    assert engine.statistics()["resets"] >= 1
+
+
+def test_panic_is_no_restart(make: Make) -> None:
+    engine = make("panic once", spec={"on_reboot": "restart"})
+    engine.start()
+    ending = engine.wait(SECONDS)
+    assert ending is not None
+    assert ending.kind == "panic"
+
+
+def test_stop_leaves_nothing(make: Make) -> None:
+    make().stop()  # the helpers' own thread is there to stay
+    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    engine = make("flood")
+    engine.start()
+    engine.console.wait_for(b"0123", SECONDS)
+    pid = engine.statistics()["pid"]
+    assert lives(pid)
+    engine.stop()
+    assert not lives(pid)
+    assert engine.wait(0) == Ending("stopped")
+    engine.stop()
+    time.sleep(0.1)
+    assert threading.active_count() <= before[0] + 1  # and it
+    assert len(os.listdir("/proc/self/fd")) <= before[1] + 4  # its epoll and eventfd
+    left = {path.name for path in engine.plan.runtime.iterdir()}
+    assert left <= {"lock", "console.log", "qemu.log"}
+    with pytest.raises(MachineStopped):
+        engine.console.write(b"x")
+
+
+def test_ten_machines_grow_nothing(make: Make) -> None:
+    def one() -> None:
+        engine = make("exit")
+        engine.start()
+        assert engine.wait(SECONDS) is not None
+        engine.stop()
+
+    one()
+    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        one()
+    time.sleep(0.1)
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+
+
+def test_stopped_before_it_started(make: Make) -> None:
+    engine = make()
+    engine.stop()
+    assert engine.wait(0) == Ending("stopped")
+    with pytest.raises(MachineStopped):
+        engine.start()
+
+
+def test_killed_qemu_is_an_error_with_its_signal(make: Make) -> None:
+    engine = make()
+    engine.start()
+    os.kill(engine.statistics()["pid"], 9)
+    ending = engine.wait(SECONDS)
+    assert ending is not None
+    assert (ending.kind, "SIGKILL" in ending.detail) == ("error", True)
+
+
+def test_disk_that_is_not_there(make: Make, tmp_path: Path) -> None:
+    engine = make(disks=(Disk(path=str(tmp_path / "none.img")),))
+    with pytest.raises(HelperError, match=r"qemu ended with 1: .*none.img.*No such file"):
+        engine.start()
+    assert not engine.plan.runtime.joinpath("qemu.pid").exists()
+
+
+def test_what_is_no_kernel(make: Make, tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_text("no kernel" * 1000)
+    with pytest.raises(UserError, match="text is"):
+        make(kernel=path).start()
+
+
+def test_memory_is_whole_mebibytes(make: Make) -> None:
+    with pytest.raises(UserError, match="whole MiB"):
+        make(spec={"memory": MEMORY + 4096}).start()
+
+
+def test_pin_to_a_cpu_that_is_not_there(make: Make) -> None:
+    with pytest.raises(SpecError, match="no pCPU 4000"):
+        make(spec={"pin": (4000,)}).start()
+
+
+def test_pin(make: Make) -> None:
+    cpu = min(os.sched_getaffinity(0))
+    engine = make(spec={"pin": (cpu,)})
+    engine.start()
+    pid = engine.statistics()["pid"]
+    threads = [int(entry) for entry in os.listdir(f"/proc/{pid}/task")]
+    assert {cpu} in [os.sched_getaffinity(thread) for thread in threads]
+
+
+def test_without_qemu(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MissingTool, match=r"qemu-system-x86_64 is not installed.*apt-get install"):
+        make().start()
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+import hostel.prepare
+from hostel.host.runtime import Runtime
+from hostel.host.virtiofsd import share
+from hostel.plan import Plan, Share
+from hostel.qemu import QemuEngine
+from hostel.spec import MachineSpec
+runtime = Runtime("killed")
+one = share(runtime.path, "root", Path("/"), read_only=True)
+engine = QemuEngine(Plan(
+    spec=MachineSpec(memory=32 << 20), engine="qemu", reason="", kernel=Path(sys.argv[1]), release="",
+    initrd=None, cmdline="", disks=(), shares=(Share("root", one.socket),), runtime=runtime.path,
+    accel="tcg",
+))
+engine.start()
+print(engine.statistics()["pid"], one.helper.pid, flush=True)
+time.sleep(1000)
+"""
+
+
+def test_killed_hostel_leaves_no_process_and_is_swept(kernel: Path) -> None:
+    with Victim(KILLED, str(kernel)) as victim:
+        qemu, virtiofsd = map(int, victim.line.split())
+        assert lives(qemu)
+        assert lives(virtiofsd)
+        victim.kill()
+        assert gone_within(qemu, 1.0)
+        assert gone_within(virtiofsd, 1.0)
+    assert sweep() == ["killed"]
