@@ -188,7 +188,7 @@ class Driver:
             queue = DriverQueue(
                 self.rig.memory,
                 (1 + 2 * index) << 20,
-                size,
+                min(size, self.device.queue_sizes[index]),
                 heap=heap,
                 event_index=bool(features & EVENT_INDEX),
             )
