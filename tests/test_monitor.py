@@ -239,6 +239,42 @@ def test_string_io() -> None:
     assert statistics["exits"][0]["PioExit"] < 11 + 16 + 16 + 1  # rep ins: many items in one exit
 
 
+CONSOLE = 0xE000_0000 + (1 << 15)  # config space of the first virtio function, by ECAM
+
+
+def test_reading_pci_config_space_is_no_exit() -> None:
+    source = f"""
+        mov $32, %ecx; mov $0xe0000000, %esi
+    0:  mov (%esi), %eax; add $0x8000, %esi; dec %ecx; jnz 0b
+        cmp $-1, %eax; jne 1f                                   # slot 31 is empty
+        movl $-1, {CONSOLE + 0x10:#x}; mov {CONSOLE + 0x10:#x}, %eax
+        cmp $0xffffc000, %eax; jne 1f                           # the BAR tells its size
+        cmpl $0x10431af4, {CONSOLE:#x}; jne 1f
+        mov $0, %al; out %al, $0xf4; 1: mov $1, %al; out %al, $0xf4
+    """
+    with machine(source) as monitor:
+        assert ending(monitor) == Ending("debug-exit", code=1)
+        statistics = monitor.statistics()
+    assert statistics["devices"]["pci"] == {"reads": 0, "writes": 1}
+
+
+def test_the_window_in_pci_config_space_reads_through() -> None:
+    # virtio 1.2 §4.1.4.9: the capability of type 5 is looked for; it reads device_status, then more.
+    source = f"""
+        movzbl {CONSOLE + 0x34:#x}, %esi
+    0:  add ${CONSOLE:#x}, %esi
+        cmpb $5, 3(%esi); je 1f
+        movzbl 1(%esi), %esi; jmp 0b
+    1:  movb $0, 4(%esi); movl $1, 12(%esi)
+        movl $0, 8(%esi); mov 16(%esi), %al; out %al, $0xe9     # the low byte of feature_select
+        movl $20, 8(%esi); movb $3, 16(%esi); mov 16(%esi), %al; out %al, $0xe9
+        mov $0, %al; out %al, $0xf4
+    """
+    with machine(source) as monitor:
+        assert ending(monitor) == Ending("debug-exit", code=1)
+        assert monitor.console.history() == b"\0\3"
+
+
 ECHO = """
     mov $0x3f8, %dx
 0:  add $5, %edx; 1: in %dx, %al; test $1, %al; jz 1b

@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -19,6 +21,8 @@ from typing import TYPE_CHECKING
 
 from hostel.boot.acpi import MmioDevice
 from hostel.errors import SpecError
+from hostel.kvm import Vm
+from hostel.memory import Region
 from hostel.plan import AGENT_PORT
 from hostel.virtio.console import Console as VirtioConsole
 from hostel.virtio.console import Port
@@ -33,13 +37,15 @@ from .terminal import Terminal
 if TYPE_CHECKING:
     from .board import Board
 
+SLOT = 8  # memory slots 0 and 1 are RAM
 MAX_PCI = 31  # slot 0 is the host bridge's
 MAX_MMIO = len(layout.VIRTIO_MMIO_GSIS)
 
 
 def seat_on_pci(board: Board, undo: ExitStack) -> None:
     """The default: each device is a PCI function."""
-    board.pci = PciBus(board.mmio)
+    ecam = Ecam(board.vm)
+    board.pci = PciBus(board.mmio, ecam.memory, ecam.remove)
     board.mmio.add(layout.ECAM_START, layout.ECAM_SIZE, board.pci, "pci")
     for make in _makers(board, MAX_PCI):
         device = make()
@@ -47,6 +53,26 @@ def seat_on_pci(board: Board, undo: ExitStack) -> None:
         undo.callback(function.close)
         board.pci.add(function)
         board.virtio.append(device)
+
+
+class Ecam:
+    """PCI config space as memory that the guest may read and not write: a read is no exit. A scan of
+    the bus is some 100 reads for each function."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._shown = True
+        area = mmap.mmap(-1, layout.ECAM_SIZE)
+        area.write(b"\xff" * layout.ECAM_SIZE)
+        hva = ctypes.addressof(ctypes.c_char.from_buffer(area))
+        vm.map(SLOT, Region(layout.ECAM_START, layout.ECAM_SIZE, hva, 0), read_only=True)
+        self.memory = memoryview(area)
+
+    def remove(self) -> None:
+        """Reads are exits from now on. With the PCI bus's lock held."""
+        if self._shown:
+            self._shown = False
+            self._vm.unmap(SLOT)
 
 
 def seat_on_mmio(board: Board, undo: ExitStack) -> None:

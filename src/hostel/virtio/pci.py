@@ -259,6 +259,8 @@ class VirtioPci(PciFunction):
         if self._msix.touches(offset, len(data)):
             self._msix.update()
         start = self._window + abi.PCI_CAP.size
+        if offset < start + 4 and self._window < offset + len(data):
+            self.reads_exit()  # the window is in use: what a read of it gives is not in memory
         if offset < start + 4 and start < offset + len(data) and (target := self._target()):
             device, at, length = target
             device.write(at, bytes(self.config[start : start + length]))

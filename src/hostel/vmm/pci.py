@@ -12,6 +12,9 @@ Rules:
 * Which bits of config space a guest may write is a mask beside it; everything else follows from what
   then stands there. A BAR's size is told by the bits of its register that stay 0 (PCI Local Bus 3.0
   §6.2.5.1), which is the mask again.
+* Reading config space has no effect, so it need not be an exit: ECAM is memory that the guest may read
+  (a read-only memory slot), and ``config`` is a page of it. Only writes come here. A function whose
+  reads must come here from now on says so with ``reads_exit``.
 * We are the firmware: each BAR has an address before the guest starts, and a kernel keeps it. A guest
   may move a BAR wherever it likes. Where somebody else is already, the BAR answers nowhere.
 """
@@ -30,6 +33,10 @@ from . import layout
 HOST_BRIDGE_ID = (0x1B36, 0x0008)
 """The generic host bridge that QEMU registered: no driver binds to it, and none is needed."""
 CLASS_HOST_BRIDGE = 0x06_0000
+
+
+def _nothing() -> None:
+    pass
 
 
 class Bar:
@@ -64,10 +71,12 @@ class PciFunction:
         subsystem: tuple[int, int] = (0, 0),
     ) -> None:
         self.name = name
-        self.config = bytearray(abi.CONFIG_SIZE)
+        self.config: bytearray | memoryview = bytearray(abi.CONFIG_SIZE)
         self.writable = bytearray(abi.CONFIG_SIZE)
         self.bars: dict[int, Bar] = {}
         self.mmio: Bus | None = None
+        self.reads_exit: Callable[[], None] = _nothing
+        """Set by the bus."""
         self._capabilities_end = abi.STD_HEADER_SIZEOF
         self._last_capability = abi.CAPABILITY_LIST
         self._put(abi.VENDOR_ID, 2, ids[0])
@@ -195,9 +204,15 @@ class PciFunction:
 class PciBus:
     """Bus 0 and its ECAM window: ``mmio.add(layout.ECAM_START, layout.ECAM_SIZE, pci, "pci")``."""
 
-    def __init__(self, mmio: Bus) -> None:
+    def __init__(
+        self, mmio: Bus, ecam: memoryview | None = None, reads_exit: Callable[[], None] = _nothing
+    ) -> None:
         self.functions: dict[int, PciFunction] = {}
         """By device number; every device has one function."""
+        self._ecam = ecam
+        """The memory that the guest reads, if it does: all ones, but for the functions."""
+        self._reads_exit = reads_exit
+        """Takes that memory away, so that reads come here."""
         self._mmio = mmio
         self._window = layout.PCI_MMIO32_START
         self._lock = threading.Lock()
@@ -210,8 +225,16 @@ class PciBus:
             if number >= abi.DEVICES:
                 raise ValueError(f"no slot is left on the PCI bus for {function.name}")
             function.place(self._mmio, {i: self._allocate(b) for i, b in function.bars.items()})
+            self._show(function, number * abi.FUNCTIONS * abi.CONFIG_SIZE)
             self.functions[number] = function
             return number
+
+    def _show(self, function: PciFunction, offset: int) -> None:
+        function.reads_exit = self._reads_exit
+        if self._ecam is not None:
+            page = self._ecam[offset : offset + abi.CONFIG_SIZE]
+            page[:] = function.config
+            function.config = page
 
     def _allocate(self, bar: Bar) -> int:
         """The next address of the 32-bit window, at least a page apart: each can be mapped alone."""
