@@ -142,6 +142,11 @@ class Rig:
         self.mmio.add(address, layout.VIRTIO_MMIO_STRIDE, seat, device.name)
         return MmioDriver(self, device, seat, address, gsi)
 
+    def unseat(self, driver: Driver) -> None:
+        """Take a device away, as at the machine's end."""
+        self._seats.remove(driver.seat)
+        driver.seat.close()
+
     def seat(self, transport: str, device: VirtioDevice) -> Driver:
         return self.on_pci(device) if transport == "pci" else self.on_mmio(device)
 

@@ -38,7 +38,8 @@ class DiskFile:
         self.read_only = read_only
         access = os.O_RDONLY if read_only else os.O_RDWR
         try:
-            self.fd = os.open(path, access | os.O_CLOEXEC)
+            # O_NONBLOCK: or opening a FIFO would wait for its writer. A disk ignores it.
+            self.fd = os.open(path, access | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise ImageError(
                 f"disk {path}: {error.strerror}",
