@@ -276,3 +276,16 @@ def test_bad_input(hostel: Hostel, files: Path, options: list[str], message: str
     assert all(line.startswith(("  | ", "hostel: log: ")) for line in rest)
     runtime = Path(os.environ["XDG_RUNTIME_DIR"], "hostel")
     assert not any(entry.is_dir() for entry in runtime.iterdir())
+
+
+def test_named_engine_that_cannot_work_fails_at_once(hostel: Hostel) -> None:
+    from hostel.kvm.probe import probe
+
+    if probe().usable:
+        pytest.skip("this host's KVM runs Linux")
+    before = time.monotonic()
+    result = hostel("run", "--engine", "kvm", "true")
+    assert (result.returncode, result.stdout) == (125, b"")
+    assert result.stderr.startswith(b"hostel: engine kvm cannot run Linux here: ")
+    assert b"--engine qemu" in result.stderr
+    assert time.monotonic() - before < 20

@@ -46,7 +46,7 @@ def test_terminal_is_restored_when_hostel_is_told_to_end() -> None:
 
 @pytest.mark.qemu
 def test_no_command_is_a_shell_and_progress_goes_away() -> None:
-    with person("run") as someone:
+    with person("run", "-e", "HOME=/nonexistent") as someone:
         someone.expect(b"engine ")
         someone.expect(b"booting Linux")
         someone.expect(b"\r\x1b[K")
