@@ -15,7 +15,7 @@ from typing import Any
 from hostel.abi import pci as pci_abi
 from hostel.abi import virtio as abi
 from hostel.errors import KvmError
-from hostel.hypervisor import GsiRoute, MsiMessage, Vcpu
+from hostel.hypervisor import GsiRoute, MsiMessage, Vcpu, Vm
 from hostel.memory import GuestMemory, Region
 from hostel.virtio.device import VirtioDevice
 from hostel.virtio.mmio import VirtioMmio
@@ -90,14 +90,15 @@ class FakeVm:
 
 
 class Rig:
-    """``close`` checks that nothing is left in the fake KVM."""
+    """``close`` checks that nothing is left in the fake KVM. A real VM may take its place."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: GuestMemory | None = None, vm: Vm | None = None) -> None:
         self.errors: list[Exception] = []
-        self.memory = GuestMemory(MEMORY)
+        self.memory = memory or GuestMemory(MEMORY)
         self.loop = EventLoop(self.errors.append)
         self.vm = FakeVm()
-        self.irqs = InterruptTable(self.vm)
+        self.kvm: Vm = vm or self.vm
+        self.irqs = InterruptTable(self.kvm)
         self.mmio = Bus()
         self.pci = PciBus(self.mmio)
         self.mmio.add(layout.ECAM_START, layout.ECAM_SIZE, self.pci, "pci")
@@ -129,7 +130,7 @@ class Rig:
     # -- devices ------------------------------------------------------------------------------
 
     def on_pci(self, device: VirtioDevice) -> PciDriver:
-        seat = VirtioPci(device, self.memory, self.vm, self.irqs)
+        seat = VirtioPci(device, self.memory, self.kvm, self.irqs)
         self._seats.append(seat)
         return PciDriver(self, device, seat, self.pci.add(seat))
 
@@ -137,7 +138,7 @@ class Rig:
         number = len(self._seats)
         address = layout.VIRTIO_MMIO_START + number * layout.VIRTIO_MMIO_STRIDE
         gsi = layout.VIRTIO_MMIO_GSIS[number]
-        seat = VirtioMmio(device, self.memory, self.vm, address=address, gsi=gsi)
+        seat = VirtioMmio(device, self.memory, self.kvm, address=address, gsi=gsi)
         self._seats.append(seat)
         self.mmio.add(address, layout.VIRTIO_MMIO_STRIDE, seat, device.name)
         return MmioDriver(self, device, seat, address, gsi)
