@@ -17,7 +17,7 @@ from guests.killed import Victim, gone_within, lives
 from hostel.errors import HelperError, MachineStopped, MissingTool, SpecError, UserError
 from hostel.host.runtime import Runtime, sweep
 from hostel.plan import Ending, Plan
-from hostel.qemu import QemuEngine
+from hostel.qemu import QemuEngine, tsc
 from hostel.spec import Disk, MachineSpec
 
 pytestmark = pytest.mark.qemu
@@ -209,7 +209,7 @@ import hostel.prepare
 from hostel.host.runtime import Runtime
 from hostel.host.virtiofsd import share
 from hostel.plan import Plan, Share
-from hostel.qemu import QemuEngine
+from hostel.qemu import QemuEngine, tsc
 from hostel.spec import MachineSpec
 runtime = Runtime("killed")
 one = share(runtime.path, "root", Path("/"), read_only=True)
@@ -233,3 +233,9 @@ def test_killed_hostel_leaves_no_process_and_is_swept(kernel: Path) -> None:
         assert gone_within(qemu, 1.0)
         assert gone_within(virtiofsd, 1.0)
     assert sweep() == ["killed"]
+
+
+def test_rate_of_the_clock_is_steady() -> None:
+    rates = [tsc.frequency_khz() or 0 for _ in range(5)]
+    assert min(rates) > 100_000
+    assert max(rates) - min(rates) < min(rates) / 500

@@ -29,7 +29,7 @@ from hostel.host.process import GRACE, Helper
 from hostel.plan import Ending, EndingKind, Plan
 from hostel.vmm.loop import EventLoop
 
-from . import command
+from . import command, tsc
 from .control import Control
 from .stream import ConsoleStream
 
@@ -123,7 +123,7 @@ class QemuEngine:
             self._undo.callback(self._close_agent if name == "agent" else ours[name].close)
         self._agent = ours.get("agent")
         fds = {name: end.fileno() for name, end in theirs.items()}
-        argv = command.arguments(self.plan, kernel, fds)
+        argv = command.arguments(self.plan, kernel, self._cmdline(), fds)
         helper = Helper(
             "qemu",
             [qemu, *argv],
@@ -166,6 +166,11 @@ class QemuEngine:
         with Source.open(unpacked) as source:
             has_entry = elf.parse(source).note(b"Xen\0", NOTE_PVH)
         return unpacked if has_entry else self.plan.kernel
+
+    def _cmdline(self) -> str:
+        """What the caller appended stays last: the last word counts."""
+        rate = tsc.frequency_khz() if self.plan.accel == "tcg" else None
+        return f"tsc_early_khz={rate} {self.plan.cmdline}" if rate else self.plan.cmdline
 
     def _check_pins(self) -> None:
         if self.plan.spec.pin:
