@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import socket
 import threading
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from guests.machine import PATIENCE, POWEROFF, RESET, SPIN, machine, planned, say
@@ -167,7 +167,7 @@ def test_a_kernel_that_is_none_leaves_nothing(tmp_path: Path) -> None:
         nonsense = tmp_path / "nonsense"
         nonsense.write_bytes(b"no kernel" * 1000)
         before = open_files()
-        monitor = Monitor(dataclasses.replace(plan, kernel=nonsense))
+        monitor = Monitor(msgspec.structs.replace(plan, kernel=nonsense))
         with pytest.raises(ImageError):
             monitor.start()
         monitor.stop()
@@ -366,6 +366,6 @@ def test_too_many_disks_for_the_transport(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(1 << 20))
     with planned(SPIN, transport="mmio") as plan:
-        many = dataclasses.replace(plan, disks=(Disk(path=str(disk), read_only=True),) * 15)
+        many = msgspec.structs.replace(plan, disks=(Disk(path=str(disk), read_only=True),) * 15)
         with pytest.raises(HostelError, match="17 virtio devices; mmio has room for 16"):
             Monitor(many).start()

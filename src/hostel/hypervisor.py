@@ -10,15 +10,15 @@ the vCPU is entered again (KVM api.rst, "KVM_EXIT_IO").
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from .abi import kvm as abi
 from .memory import Region
 
 
-@dataclass(slots=True)
-class PioExit:
+class PioExit(msgspec.Struct):
     """``in``/``out``; ``rep ins``/``outs`` arrive as one exit with ``count`` > 1."""
 
     port: int
@@ -29,39 +29,33 @@ class PioExit:
     """``size * count`` bytes."""
 
 
-@dataclass(slots=True)
-class MmioExit:
+class MmioExit(msgspec.Struct):
     address: int
     is_write: bool
     data: memoryview
     """1 to 8 bytes."""
 
 
-@dataclass(slots=True)
-class HaltExit:
+class HaltExit(msgspec.Struct):
     """``hlt`` with no in-kernel irqchip to wait in."""
 
 
-@dataclass(slots=True)
-class ShutdownExit:
+class ShutdownExit(msgspec.Struct):
     """A triple fault."""
 
 
-@dataclass(slots=True)
-class SystemEvent:
+class SystemEvent(msgspec.Struct):
     type: int
 
 
-@dataclass(slots=True)
-class DebugExit:
+class DebugExit(msgspec.Struct):
     exception: int
     pc: int
     dr6: int
     dr7: int
 
 
-@dataclass(slots=True)
-class MsrExit:
+class MsrExit(msgspec.Struct):
     """An MSR access handed to user space (KVM_CAP_X86_USER_SPACE_MSR)."""
 
     index: int
@@ -70,41 +64,35 @@ class MsrExit:
     reason: int
 
 
-@dataclass(slots=True)
-class HypercallExit:
+class HypercallExit(msgspec.Struct):
     number: int
     args: tuple[int, ...]
 
 
-@dataclass(slots=True)
-class IoapicEoi:
+class IoapicEoi(msgspec.Struct):
     """A level-triggered interrupt was acknowledged (split irqchip)."""
 
     vector: int
 
 
-@dataclass(slots=True)
-class InternalError:
+class InternalError(msgspec.Struct):
     """KVM could not emulate what the guest did."""
 
     suberror: int
     data: tuple[int, ...]
 
 
-@dataclass(slots=True)
-class FailEntry:
+class FailEntry(msgspec.Struct):
     """The processor refused to enter the guest."""
 
     reason: int
 
 
-@dataclass(slots=True)
-class Interrupted:
+class Interrupted(msgspec.Struct):
     """``kick`` was called, or a signal came in. Nothing happened in the guest."""
 
 
-@dataclass(slots=True)
-class UnknownExit:
+class UnknownExit(msgspec.Struct):
     reason: int
 
 
@@ -125,16 +113,14 @@ Exit = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class MsiMessage:
+class MsiMessage(msgspec.Struct, frozen=True):
     """Address and data of a message-signalled interrupt (SDM vol. 3A §11.11)."""
 
     address: int
     data: int
 
 
-@dataclass(frozen=True, slots=True)
-class GsiRoute:
+class GsiRoute(msgspec.Struct, frozen=True):
     """Where a GSI leads: an irqchip pin, or a message."""
 
     gsi: int

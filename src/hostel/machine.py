@@ -22,10 +22,11 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from .errors import (
     AgentError,
@@ -61,8 +62,7 @@ _ENDED = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(msgspec.Struct, frozen=True):
     """How a command ended, and what it wrote."""
 
     exit_code: int
@@ -261,7 +261,7 @@ class Machine:
             process.signal(9)
             raise MachineTimeout(f"{argv[0]} did not end within {timeout:g} s") from None
         if status.error:
-            stderr += f"{argv[0]}: {status.error}\n".encode()
+            stderr += f"{status.error}\n".encode()
         return Result(status.returncode, stdout, stderr, status.signal)
 
     def copy_in(self, source: str | os.PathLike[str], target: str) -> None:

@@ -22,9 +22,10 @@ import ctypes
 import fcntl
 import os
 import weakref
-from dataclasses import dataclass
 from struct import Struct
 from types import TracebackType
+
+import msgspec
 
 from .errors import HostError, MachineStopped, MemoryFault, SpecError
 
@@ -60,8 +61,7 @@ _libc.munmap.argtypes = (ctypes.c_size_t, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(msgspec.Struct, frozen=True):
     """Bytes of guest memory under their three names: guest address, our address, file offset."""
 
     gpa: int

@@ -11,9 +11,10 @@ so a plan can be shown (``--dry-run``) and both engines start the same machine.
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+import msgspec
 
 from .console import Console
 from .spec import Disk, MachineSpec
@@ -23,16 +24,14 @@ AGENT_PORT = "hostel.agent"
 EndingKind = Literal["poweroff", "reset", "panic", "crash", "debug-exit", "stopped", "error"]
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(msgspec.Struct, frozen=True):
     """A host directory served by a vhost-user file system daemon that listens on ``socket``."""
 
     tag: str
     socket: Path
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True):
     """Everything an engine needs."""
 
     spec: MachineSpec
@@ -58,8 +57,7 @@ class Plan:
     """What is allowed and still worth a word to the user."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ending:
+class Ending(msgspec.Struct, frozen=True):
     """How a machine ended.
 
     ``poweroff`` and ``reset`` are the guest's own doing; ``panic`` is a kernel panic, ``crash`` a triple

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from .boot import cmdline, initramfs
 from .errors import ImageError, KvmError, SpecError, UserError
@@ -37,8 +38,7 @@ _MOUNT_DATA = {"ext4": "noload", "xfs": "norecovery", "btrfs": "norecovery"}
 _REMOUNT = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
+class Served(msgspec.Struct, frozen=True):
     """A directory or file that a file system daemon has to serve."""
 
     tag: str
@@ -47,8 +47,7 @@ class Served:
     is_root: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True):
     engine: Literal["kvm", "qemu"]
     accel: Literal["kvm", "tcg"]
     reason: str
@@ -76,8 +75,7 @@ def choose_engine(spec: MachineSpec) -> Choice:
     return Choice("qemu", "tcg", f"emulated by QEMU: {report.reason}")
 
 
-@dataclass(frozen=True, slots=True)
-class Preparation:
+class Preparation(msgspec.Struct, frozen=True):
     """A plan, what has to be served before it starts, and what the agent does once it has."""
 
     plan: Plan
@@ -85,9 +83,7 @@ class Preparation:
     steps: tuple[Step, ...]
 
 
-def prepare(
-    spec: MachineSpec, runtime: Path, *, console: bool = False, qemu_args: tuple[str, ...] = ()
-) -> Preparation:
+def prepare(spec: MachineSpec, runtime: Path, *, qemu_args: tuple[str, ...] = ()) -> Preparation:
     """The plan of a machine with an agent. ``runtime`` is where its sockets will be."""
     from .guest.build import agent_binary
 
@@ -113,7 +109,7 @@ def prepare(
         release=kernel.release,
         initrd=initrd,
         cmdline=cmdline.build(
-            "boot" if console else "run",
+            "run",
             engine=choice.engine,
             accel=choice.accel,
             append=spec.append,
@@ -254,8 +250,6 @@ def guest_steps(spec: MachineSpec, served: tuple[Served, ...], disks: int) -> It
     for share, volume in zip((s for s in served if not s.is_root), spec.volumes, strict=True):
         yield from _mount_volume(share, volume)
     if spec.read_only and spec.root.kind != "none":
-        if "/tmp" not in (path.partition(":")[0] for path in spec.tmpfs):
-            yield steps.Mount("tmpfs", "tmpfs", "/tmp", data="mode=1777")
         yield steps.Mount("overlay", "overlay", "/", flags=_REMOUNT | MountFlag.READ_ONLY)
     yield steps.Hostname(spec.hostname or spec.name or "hostel")
 

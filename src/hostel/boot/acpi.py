@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from hostel.abi import acpi as abi
 from hostel.errors import SpecError
@@ -32,8 +33,7 @@ _RSDP = struct.Struct("<8sB6sBIIQB3x")
 _GAS = struct.Struct("<BBBBQ")
 
 
-@dataclass(frozen=True, slots=True)
-class MmioDevice:
+class MmioDevice(msgspec.Struct, frozen=True):
     """One virtio-mmio slot."""
 
     address: int
@@ -41,8 +41,7 @@ class MmioDevice:
     gsi: int
 
 
-@dataclass(frozen=True, slots=True)
-class AcpiConfig:
+class AcpiConfig(msgspec.Struct, frozen=True):
     """What the tables describe."""
 
     apic_ids: Sequence[int]

@@ -10,7 +10,8 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+
+import msgspec
 
 from hostel.abi import boot as abi
 from hostel.errors import ImageError
@@ -26,8 +27,7 @@ _JUMP_END = 0x202
 _MAX_INIT_SIZE = 1 << 30
 
 
-@dataclass(frozen=True, slots=True)
-class BzImage:
+class BzImage(msgspec.Struct, frozen=True):
     header: abi.SetupHeader
     code_offset: int
     code_size: int

@@ -7,8 +7,9 @@ makes a boot cheaper or its end clear; none takes anything from the guest that i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from hostel.errors import SpecError
 
@@ -16,8 +17,7 @@ Purpose = Literal["run", "boot"]
 Accelerator = Literal["kvm", "tcg"]
 
 
-@dataclass(frozen=True, slots=True)
-class Default:
+class Default(msgspec.Struct, frozen=True):
     text: str
     reason: str
 

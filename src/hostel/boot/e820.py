@@ -13,7 +13,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from hostel.abi.boot import E820_ACPI, E820_RAM, E820_RESERVED
 from hostel.errors import SpecError
@@ -23,8 +24,7 @@ from hostel.vmm import layout
 _EBDA_END = 0xA_0000
 
 
-@dataclass(frozen=True, slots=True)
-class E820:
+class E820(msgspec.Struct, frozen=True):
     addr: int
     size: int
     type: int

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from hostel.abi import elf as abi
 from hostel.errors import ImageError
@@ -25,8 +26,7 @@ _HEADER = 64
 _PAGE = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(msgspec.Struct, frozen=True):
     """``filesz`` bytes of the file at ``offset`` go to ``paddr``; the rest of ``memsz`` is zero."""
 
     paddr: int
@@ -40,15 +40,13 @@ class Segment:
         return self.paddr + self.memsz
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
+class Note(msgspec.Struct, frozen=True):
     owner: bytes
     type: int
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ElfFile:
+class ElfFile(msgspec.Struct, frozen=True):
     bits: int
     entry: int
     segments: tuple[Segment, ...]

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Literal
+
+import msgspec
 
 from hostel.abi import kvm as abi
 from hostel.hypervisor import Vcpu
@@ -49,13 +50,12 @@ _PAGE = 4096
 _MAPPED_GIB = 4
 
 
-@dataclass(frozen=True, slots=True)
-class EntryState:
+class EntryState(msgspec.Struct, frozen=True):
     """What ``load_kernel`` hands to whoever sets up the first vCPU. All but these registers are 0."""
 
     mode: Mode
     rip: int
-    registers: Mapping[str, int] = field(default_factory=dict)
+    registers: Mapping[str, int] = msgspec.field(default_factory=dict)
     """By ``kvm_regs`` field name."""
 
     def apply(self, vcpu: Vcpu) -> None:

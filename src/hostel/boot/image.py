@@ -14,10 +14,11 @@ multiboot and PVH multiboot comes first, as in QEMU, where such kernels are trie
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
+
+import msgspec
 
 from hostel.abi import boot as abi
 from hostel.abi import elf as elf_abi
@@ -30,8 +31,7 @@ from .source import Source
 BootProtocol = Literal["linux", "pvh", "multiboot"]
 
 
-@dataclass(frozen=True, slots=True)
-class KernelImage:
+class KernelImage(msgspec.Struct, frozen=True):
     """An open kernel whose parts have been checked. A context manager."""
 
     protocol: BootProtocol

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from .e820 import E820
 
 
-@dataclass(frozen=True, slots=True)
-class Blob:
+class Blob(msgspec.Struct, frozen=True):
     """Bytes that lie in guest memory."""
 
     address: int
@@ -19,8 +18,7 @@ class Blob:
         return self.address + self.size
 
 
-@dataclass(frozen=True, slots=True)
-class BootInfo:
+class BootInfo(msgspec.Struct, frozen=True):
     cmdline: Blob
     """Its NUL not counted."""
     initrd: Blob | None

@@ -13,8 +13,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+
+import msgspec
 
 from hostel.errors import HostError
 
@@ -22,8 +23,7 @@ _FILE = re.compile(r"(.+)\.ko(\.xz|\.zst|\.gz)?")
 _MAX_MODULE = 256 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Module:
+class Module(msgspec.Struct, frozen=True):
     """One module file."""
 
     name: str
@@ -53,16 +53,11 @@ def name_of(path: str) -> str:
     return match[1].replace("-", "_") if match else ""
 
 
-@dataclass(slots=True)
 class _Search:
-    directory: Path
-    release: str
-    files: dict[str, Path] = field(init=False)
-    builtin: set[str] = field(init=False)
-    dependencies: dict[str, list[str]] = field(init=False)
-    found: dict[str, Module] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, directory: Path, release: str) -> None:
+        self.directory = directory
+        self.release = release
+        self.found: dict[str, Module] = {}
         self.builtin = {name_of(line) for line in _lines(self.directory / "modules.builtin")}
         self.dependencies = dict(_read_dep(self.directory / "modules.dep"))
         self.files = {name_of(path): self.directory / path for path in self._paths()}

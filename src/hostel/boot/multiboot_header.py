@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+
+import msgspec
 
 from hostel.abi import boot as abi
 from hostel.errors import ImageError
@@ -15,8 +16,7 @@ _MAGIC = abi.MULTIBOOT_HEADER_MAGIC.to_bytes(4, "little")
 _SIZE = ctypes.sizeof(abi.MultibootHeader)
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(msgspec.Struct, frozen=True):
     offset: int
     """In the file."""
     flags: int

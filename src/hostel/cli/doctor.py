@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from dataclasses import asdict
 
 import click
+import msgspec
 
 from hostel.host.doctor import Finding, Report, examine
 from hostel.version import VERSION
@@ -31,7 +31,9 @@ def command(as_json: bool) -> int:
         import json
 
         click.echo(
-            json.dumps({"version": VERSION, "works": report.works, **asdict(report)}, indent=2)
+            json.dumps(
+                {"version": VERSION, "works": report.works, **msgspec.to_builtins(report)}, indent=2
+            )
         )
     else:
         _draw(report)

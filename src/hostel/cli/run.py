@@ -16,10 +16,10 @@ import os
 import stat
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from hostel.errors import MachineTimeout, UserError
 from hostel.spec import DEFAULT_MEMORY, Disk, MachineSpec, Root, Volume
@@ -43,8 +43,7 @@ SHOW_BOOT = "loglevel=7"
 """Undoes the ``quiet`` of a machine that nobody watches: the last word counts."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
+class Options(msgspec.Struct, frozen=True, kw_only=True):
     """What the command line said."""
 
     command: tuple[str, ...]

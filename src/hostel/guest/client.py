@@ -11,7 +11,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from hostel.errors import AgentError, HostelError, MachineStopped, MachineTimeout
 
@@ -23,8 +24,7 @@ from .steps import Step, encode_steps
 __all__ = ["AgentClient", "ExitStatus", "GuestProcess", "Hello", "Ids", "Tty"]
 
 
-@dataclass(frozen=True, slots=True)
-class Hello:
+class Hello(msgspec.Struct, frozen=True):
     """The agent's first word: what the guest is."""
 
     version: int
@@ -38,8 +38,7 @@ class Hello:
     machine: str
 
 
-@dataclass(frozen=True, slots=True)
-class Ids:
+class Ids(msgspec.Struct, frozen=True):
     """A user by numbers, as they are."""
 
     uid: int
@@ -47,8 +46,10 @@ class Ids:
     groups: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Tty:
+ROOT = Ids(0, 0)
+
+
+class Tty(msgspec.Struct, frozen=True):
     rows: int = 24
     cols: int = 80
 
@@ -113,7 +114,7 @@ class AgentClient:
         *,
         env: Mapping[str, str] | None = None,
         cwd: str = "/",
-        user: str | Ids = Ids(0, 0),
+        user: str | Ids = ROOT,
         tty: Tty | None = None,
         stdin: bool | int = True,
         stdout: int | None = None,

@@ -15,9 +15,10 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from hostel.errors import AgentError, HostError, UserError
 
@@ -42,8 +43,7 @@ _MAX_NAME = 4096
 _MAX_GET = 1 << 30
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True):
     """One file, directory or link. ``name`` is relative to what was copied, which itself is ``""``."""
 
     kind: EntryKind

@@ -18,8 +18,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from hostel.errors import AgentError, HostelError, MachineStopped, MachineTimeout
 
@@ -34,8 +35,7 @@ _MERGE = 4096
 """Pieces smaller than this are joined in the queue: a byte must not cost an object."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExitStatus:
+class ExitStatus(msgspec.Struct, frozen=True):
     """How a command ended: with a code, by a signal, or never begun (``error``)."""
 
     code: int | None = None

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntFlag
 from typing import Protocol
+
+import msgspec
 
 from .protocol import StepOp, Writer
 
@@ -34,8 +35,7 @@ class Step(Protocol):
     def encode(self, writer: Writer) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
+class Mount(msgspec.Struct, frozen=True):
     """mount(2). The target must exist (``MakeDirectory``)."""
 
     type: str
@@ -53,8 +53,7 @@ class Mount:
         writer.string(self.type).u32(self.flags).string(self.data)
 
 
-@dataclass(frozen=True, slots=True)
-class Bind:
+class Bind(msgspec.Struct, frozen=True):
     """A bind mount, of a directory or a file; the target must exist (``MakeDirectory``, ``Touch``)."""
 
     source: str
@@ -73,8 +72,7 @@ class Bind:
         writer.string("").u32(flags).string("")
 
 
-@dataclass(frozen=True, slots=True)
-class Overlay:
+class Overlay(msgspec.Struct, frozen=True):
     """overlayfs: ``lower`` under ``upper`` (a folder of a writable file system, with ``work`` beside it)."""
 
     lower: str
@@ -92,8 +90,7 @@ class Overlay:
         writer.string("overlay").u32(0).string(data)
 
 
-@dataclass(frozen=True, slots=True)
-class MakeDirectory:
+class MakeDirectory(msgspec.Struct, frozen=True):
     """A directory and the missing ones above it; that it exists already is no error."""
 
     path: str
@@ -107,8 +104,7 @@ class MakeDirectory:
         writer.u32(StepOp.MKDIR).string(self.label).string(self.path).u32(self.mode)
 
 
-@dataclass(frozen=True, slots=True)
-class Touch:
+class Touch(msgspec.Struct, frozen=True):
     """An empty file to mount on, unless something is there."""
 
     path: str
@@ -121,8 +117,7 @@ class Touch:
         writer.u32(StepOp.TOUCH).string(self.label).string(self.path)
 
 
-@dataclass(frozen=True, slots=True)
-class Symlink:
+class Symlink(msgspec.Struct, frozen=True):
     """A symbolic link, unless something is there."""
 
     target: str
@@ -136,8 +131,7 @@ class Symlink:
         writer.u32(StepOp.SYMLINK).string(self.label).string(self.target).string(self.path)
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceNode:
+class DeviceNode(msgspec.Struct, frozen=True):
     """A device node, unless something is there."""
 
     path: str
@@ -156,8 +150,7 @@ class DeviceNode:
         writer.u32(kind | self.mode, self.major, self.minor)
 
 
-@dataclass(frozen=True, slots=True)
-class WriteFile:
+class WriteFile(msgspec.Struct, frozen=True):
     """A file with this content (/etc/resolv.conf, a sysctl in /proc/sys …)."""
 
     path: str
@@ -173,8 +166,7 @@ class WriteFile:
         writer.blob(self.content)
 
 
-@dataclass(frozen=True, slots=True)
-class Hostname:
+class Hostname(msgspec.Struct, frozen=True):
     name: str
 
     @property
@@ -185,8 +177,7 @@ class Hostname:
         writer.u32(StepOp.HOSTNAME).string(self.label).string(self.name)
 
 
-@dataclass(frozen=True, slots=True)
-class WaitFor:
+class WaitFor(msgspec.Struct, frozen=True):
     """Until a path exists (a disk that is still being probed)."""
 
     path: str
@@ -200,8 +191,7 @@ class WaitFor:
         writer.u32(StepOp.WAIT).string(self.label).string(self.path).u32(int(self.seconds * 1000))
 
 
-@dataclass(frozen=True, slots=True)
-class EnterRoot:
+class EnterRoot(msgspec.Struct, frozen=True):
     """Make a mount point the root of all that follows, and carry some mounts of the initramfs over."""
 
     path: str

@@ -14,9 +14,10 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from hostel.errors import HostelError, MissingTool
 
@@ -33,8 +34,7 @@ ENOUGH_SPACE = 200 * MIB
 """A fetched kernel (25 MiB), unpacked (103 MiB), and its decompressed image (40 MiB)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True):
     """One row."""
 
     name: str
@@ -44,8 +44,7 @@ class Finding:
     cure: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Host:
+class Host(msgspec.Struct, frozen=True):
     """Which host it is."""
 
     kernel: str
@@ -55,8 +54,7 @@ class Host:
     system: str
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(msgspec.Struct, frozen=True):
     """All rows, and whether `hostel run` can work."""
 
     host: Host

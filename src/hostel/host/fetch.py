@@ -24,8 +24,9 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from hostel.errors import HelperError, HostError, ImageError, MissingTool
 
@@ -55,8 +56,7 @@ Say = Callable[[str], None]
 Progress = Callable[[float], None]
 
 
-@dataclass(frozen=True, slots=True)
-class _Package:
+class _Package(msgspec.Struct, frozen=True):
     name: str
     version: str
     release: str

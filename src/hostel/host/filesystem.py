@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from hostel.errors import ImageError
 
@@ -40,8 +41,7 @@ MOUNT_NAMES = {"isofs": "iso9660"}
 """Where the driver's name is not the file system's."""
 
 
-@dataclass(frozen=True, slots=True)
-class FileSystem:
+class FileSystem(msgspec.Struct, frozen=True):
     """``driver`` is the kernel module; ``partition`` is 0 for the whole disk."""
 
     driver: str

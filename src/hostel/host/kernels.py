@@ -19,9 +19,10 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from hostel.errors import ImageError
 
@@ -30,8 +31,7 @@ Source = Literal["fetched", "host", "file"]
 FETCH = "fetch one with `hostel kernel fetch`"
 
 
-@dataclass(frozen=True, slots=True)
-class Kernel:
+class Kernel(msgspec.Struct, frozen=True):
     """One kernel image and the modules that belong to it."""
 
     release: str

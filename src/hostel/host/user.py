@@ -6,13 +6,13 @@ The guest's agent reads ``/etc/passwd`` only; a caller that LDAP or systemd-home
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+
+import msgspec
 
 DEFAULT_SHELL = "/bin/sh"
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(msgspec.Struct, frozen=True):
     """A user as a process carries it, with the account if there is one."""
 
     uid: int

@@ -24,8 +24,9 @@ import contextlib
 import os
 import socket
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from hostel.errors import HostError, UserError
 
@@ -43,8 +44,7 @@ SETTLE = 0.2
 _LAUNCH = Path(__file__).with_name("launch.py")
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(msgspec.Struct, frozen=True):
     """A running daemon. One machine may connect, once."""
 
     tag: str

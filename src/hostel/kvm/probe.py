@@ -15,7 +15,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from dataclasses import dataclass, field
+
+import msgspec
 
 from hostel.abi import kvm as abi
 from hostel.errors import HostelError, KvmError
@@ -54,8 +55,7 @@ _PRESENT_WRITABLE, _LARGE = 0x3, 0x80
 _CR0_PE_PG, _CR4_PAE, _EFER_LME_LMA = 0x8000_0001, 0x20, 0x500
 
 
-@dataclass(frozen=True, slots=True)
-class KvmReport:
+class KvmReport(msgspec.Struct, frozen=True):
     """``usable`` decides; ``reason`` tells a person why, in one line."""
 
     present: bool
@@ -68,7 +68,7 @@ class KvmReport:
     loops_per_second: int = 0
     ring0_at_speed: bool = False
     max_vcpus: int = 0
-    capabilities: dict[str, int] = field(default_factory=dict)
+    capabilities: dict[str, int] = msgspec.field(default_factory=dict)
 
     @property
     def usable(self) -> bool:

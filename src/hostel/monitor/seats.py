@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from hostel.abi import acpi
 from hostel.devices import i8042
@@ -24,8 +25,7 @@ FLUSH_SECONDS = 0.01
 """How long a piece of a line may wait in the serial port."""
 
 
-@dataclass(frozen=True, slots=True)
-class Seat:
+class Seat(msgspec.Struct, frozen=True):
     """``width``: the widest access that the device takes at once, in bytes."""
 
     name: str

@@ -78,6 +78,8 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield from ("-m", f"{spec.memory // MIB}M")
     yield from ("-object", f"{backend},id=ram,size={spec.memory}")
     yield from ("-machine", f"{MACHINE[spec.transport]},memory-backend=ram")
+    if spec.transport == "mmio":
+        yield from ("-global", "virtio-mmio.force-legacy=false")
 
 
 def _streams(plan: Plan, fds: Mapping[str, int]) -> Iterator[str]:

@@ -15,9 +15,10 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
+
+import msgspec
 
 from hostel.abi import virtio as abi
 from hostel.errors import QueueError
@@ -38,8 +39,7 @@ RANGES = 16
 SECTOR = abi.BLK_SECTOR
 
 
-@dataclass(slots=True)
-class Request:
+class Request(msgspec.Struct):
     """A chain, taken apart."""
 
     queue: ServedQueue

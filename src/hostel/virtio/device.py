@@ -18,8 +18,9 @@ Contract of the life cycle, from the transport's side:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from hostel.abi import virtio as abi
 from hostel.errors import HostelError
@@ -29,8 +30,7 @@ RING_FEATURES = 1 << abi.RING_F_INDIRECT_DESC | 1 << abi.RING_F_EVENT_IDX
 """What ``queue.Queue`` can do."""
 
 
-@dataclass(frozen=True, slots=True)
-class QueueWiring:
+class QueueWiring(msgspec.Struct, frozen=True):
     """Everything a data plane needs of one queue, in this process or in another.
 
     ``desc``, ``avail`` and ``used`` are guest addresses that nobody has checked yet. The eventfds

@@ -14,7 +14,8 @@ write whatever they are told: that is how a hostile driver is played.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+import msgspec
 
 from hostel.abi import virtio as abi
 from hostel.memory import GuestMemory
@@ -23,8 +24,7 @@ Buffer = tuple[int, int, bool]
 """Address, length, writable."""
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(msgspec.Struct, frozen=True):
     """A chain that came back through the used ring."""
 
     head: int

@@ -21,8 +21,9 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from hostel.abi import virtio as abi
 from hostel.errors import HostelError
@@ -38,8 +39,7 @@ NEEDS_RESET = abi.CONFIG_S_NEEDS_RESET
 FAILED = abi.CONFIG_S_FAILED
 
 
-@dataclass(slots=True)
-class QueueSetup:
+class QueueSetup(msgspec.Struct):
     """One queue's registers."""
 
     max_size: int

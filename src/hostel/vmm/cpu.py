@@ -19,8 +19,9 @@ frequency, and on Intel 15H and 16H do so for kernels that do not know KVM.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from math import gcd
+
+import msgspec
 
 from hostel.abi.kvm import CPUID_FLAG_SIGNIFCANT_INDEX, CpuidEntry2, LapicState
 
@@ -43,8 +44,7 @@ LVT_LINT0, LVT_LINT1 = 0x350, 0x360
 LVT_MODE, LVT_MASKED, LVT_NMI, LVT_EXTINT = 7 << 8, 1 << 16, 4 << 8, 7 << 8
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(msgspec.Struct, frozen=True):
     """The machine, as one of its vCPUs sees it."""
 
     vcpu: int
