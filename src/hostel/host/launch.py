@@ -1,6 +1,6 @@
 """Runs a file system daemon where it can see one share and, if that is read-only, write nothing.
 
-    python -IS launch.py PARENT SOURCE NAME STAGE ro|rw PROGRAM ARGUMENT…
+    python -IS launch.py PARENT PRELOAD SOURCE NAME STAGE ro|rw PROGRAM ARGUMENT…
 
 A program of its own, not a module of ours: it imports next to nothing, for it runs before each share.
 
@@ -42,6 +42,7 @@ CAPABILITY_VERSION = 0x20080522
 # setpcap, sys_chroot: what it takes to get rid of the rest
 CAPABILITIES = (0, 1, 3, 4, 6, 7, 27, 31, 8, 18)
 SECCOMP_MODE_FILTER = 2
+IDENTITY_CALLS = (116, 117, 119)  # setgroups, setresuid, setresgid on x86-64
 SIGKILL = 9
 
 KERNEL_DIRECTORIES = ("/dev", "/proc", "/run", "/sys")
@@ -186,22 +187,23 @@ def keep_capabilities() -> None:
         check(libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, number, 0, 0), "ambient")
 
 
-def keep_groups() -> None:
-    """Let setgroups(2) do nothing and succeed.
+def stay_the_caller() -> None:
+    """Let the system calls that change who we are do nothing and succeed (seccomp(2)).
 
-    virtiofsd drops its supplementary groups and ends if it may not, which in a user namespace it may
-    not (user_namespaces(7)). The groups are the caller's own; what they may read the guest may read.
+    In this user namespace there is nobody else to be, and groups cannot be dropped; but virtiofsd ends
+    if it may not drop them, and refuses to make a file for a user of the guest that it cannot become.
+    So what any user of the guest makes is the caller's, who may also use their groups' files, as always.
     """
     load_number, if_equal, give = 0x20, 0x15, 0x06
     allow, succeed = 0x7FFF0000, 0x00050000
-    number, instructions = 116, (Filter * 4)()  # setgroups on x86-64
-    instructions[0] = Filter(load_number, 0, 0, 0)
-    instructions[1] = Filter(if_equal, 0, 1, number)
-    instructions[2] = Filter(give, 0, 0, succeed)
-    instructions[3] = Filter(give, 0, 0, allow)
-    program = Program(4, instructions)
+    program = [(load_number, 0, 0, 0)]
+    for left, number in enumerate(IDENTITY_CALLS):
+        program.append((if_equal, len(IDENTITY_CALLS) - left, 0, number))
+    program += [(give, 0, 0, allow), (give, 0, 0, succeed)]
+    instructions = (Filter * len(program))(*(Filter(*entry) for entry in program))
+    header = Program(len(program), instructions)
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    result = libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0)
+    result = libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(header), 0, 0)
     check(result, "seccomp")
 
 
@@ -212,7 +214,7 @@ def raise_file_limit() -> None:
 
 
 def main() -> None:
-    parent, (source, name, stage, mode, *command) = int(sys.argv[1]), sys.argv[2:]
+    parent, (preload, source, name, stage, mode, *command) = int(sys.argv[1]), sys.argv[2:]
     die_with(parent)
     try:
         in_user_namespace = enter_namespace()
@@ -225,8 +227,12 @@ def main() -> None:
         raise_file_limit()
         if in_user_namespace:
             keep_capabilities()
-            keep_groups()
+            stay_the_caller()
         die_with(parent)
+        if preload:
+            fd = os.open(preload, os.O_RDONLY)  # by number: a path may hold blanks and colons
+            os.set_inheritable(fd, True)
+            os.environ["LD_PRELOAD"] = f"/proc/self/fd/{fd}"
         os.execv(command[0], command)
     except OSError as error:
         fail(f"{error.filename or source}: {error.strerror}")

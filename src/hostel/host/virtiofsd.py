@@ -30,7 +30,7 @@ import msgspec
 
 from hostel.errors import HostError, UserError
 
-from . import toolbox
+from . import preload, toolbox
 from .process import Helper
 from .runtime import socket_path
 
@@ -73,7 +73,7 @@ def share(runtime: Path, tag: str, source: Path, *, read_only: bool) -> Share:
     stage, path = runtime / f"{tag}.share", socket_path(runtime, tag)
     with contextlib.closing(_listen(path, stage)) as listener:
         fd = listener.fileno()
-        launch = (sys.executable, "-IS", str(_LAUNCH), str(os.getpid()))
+        launch = (sys.executable, "-IS", str(_LAUNCH), str(os.getpid()), _preload())
         what = (str(real), name, str(stage), "ro" if read_only else "rw")
         helper = Helper(
             f"virtiofsd-{tag}",
@@ -93,6 +93,16 @@ def find() -> str:
         cost="no file of the host can be shown in a machine: no root from the host, no volumes",
         places=PLACES,
     )
+
+
+def _preload() -> str:
+    """Root needs it only where a file is made on both sides at once; anyone else, for every file."""
+    try:
+        return str(preload.library())
+    except HostError:
+        if os.geteuid() != 0:
+            raise
+        return ""
 
 
 def _checked(source: Path) -> Path:
