@@ -6,10 +6,10 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from guests.kernels import compile_kernel
@@ -57,7 +57,7 @@ def make(kernel: Path) -> Iterator[Make]:
                 agent=False,
                 accel="tcg",
             )
-            engines.append(QemuEngine(replace(plan, **fields)))
+            engines.append(QemuEngine(msgspec.structs.replace(plan, **fields)))
             return engines[-1]
 
         yield engine
