@@ -32,7 +32,7 @@ LAYERS = (
 )
 """A module imports from the layers above its own, and from its own."""
 
-ANYWHERE = ("version", "console")
+ANYWHERE = ("version", "console", "cache")
 """Leaves that every layer may use: they import of hostel's the first layer only."""
 
 SIZE_LIMIT = 450

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from hostel.host import doctor
@@ -63,7 +63,7 @@ def test_the_host_is_named(report: Report) -> None:
 def test_an_engine_needs_what_it_needs(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     def judged(**states: doctor.State) -> Report:
         rows = [
-            dataclasses.replace(f, state=states.get(f.name.replace(" ", "_"), "ok"))
+            msgspec.structs.replace(f, state=states.get(f.name.replace(" ", "_"), "ok"))
             for f in report.findings
         ]
         monkeypatch.setattr(doctor, "CHECKS", [lambda row=row: row for row in rows])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hostel import cache
 from hostel.errors import HelperError, HostError, ImageError, MissingTool
 from hostel.host import fetch as fetching
 from hostel.host import kernels
@@ -146,7 +147,7 @@ def test_versions_sort_as_people_count() -> None:
 
 def test_relative_cache_home_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert kernels.cache_home() == Path.home() / ".cache" / "hostel"
+    assert cache.home() == Path.home() / ".cache" / "hostel"
 
 
 # -- fetching ---------------------------------------------------------------------------------

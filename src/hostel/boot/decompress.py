@@ -28,7 +28,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from hostel.errors import ImageError
+from hostel import cache
+from hostel.errors import HostError, ImageError
 
 from . import elf
 from .bzimage import ONLY_32_BIT
@@ -52,9 +53,7 @@ class UnknownPayloadError(Exception):
 
 
 def cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if base.startswith("/") else Path.home() / ".cache"
-    return root / "hostel" / "vmlinux"
+    return cache.home() / "vmlinux"
 
 
 def vmlinux(source: Source, offset: int, length: int) -> Source:
@@ -195,7 +194,7 @@ def _cache_path(source: Source) -> Path | None:
     digest.update(f"{source.size} {source.modified}".encode())
     try:
         return cache_directory() / digest.hexdigest()[:32]
-    except RuntimeError:  # no home directory
+    except HostError:  # no home directory
         return None
 
 

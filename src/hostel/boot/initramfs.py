@@ -18,12 +18,11 @@ A user's own initrd comes first, padded to 4 bytes; what comes later replaces fi
 from __future__ import annotations
 
 import hashlib
-import os
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from hostel import cache
 from hostel.errors import HostError, ImageError
 
 from . import modules as kernel_modules
@@ -51,7 +50,7 @@ def build(
     key = hashlib.sha256(_FORMAT + program)
     for part in (release, *wanted, "", *optional, "", *_stamps(modules_directory, initrd)):
         key.update(part.encode() + b"\0")
-    target = cache_directory("initramfs") / f"{release or 'plain'}-{key.hexdigest()[:16]}.cpio"
+    target = cache.directory("initramfs") / f"{release or 'plain'}-{key.hexdigest()[:16]}.cpio"
     if not target.exists():
         found = (
             kernel_modules.find(modules_directory, release, wanted, optional)
@@ -60,23 +59,8 @@ def build(
         )
         files = {f"{module.name}.ko": module.read() for module in found}
         before = _read(initrd, ImageError) if initrd else b""
-        _write(target, before + b"\0" * (-len(before) % 4) + archive(program, files))
+        cache.store(target, before + b"\0" * (-len(before) % 4) + archive(program, files))
     return target
-
-
-def cache_directory(name: str) -> Path:
-    """A folder of hostel's in the user's cache; it exists."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(home) if home.startswith("/") else Path.home() / ".cache"
-    path = base / "hostel" / name
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise HostError(
-            f"{path} cannot be made: {error.strerror}",
-            cure="set XDG_CACHE_HOME to a folder of yours",
-        ) from None
-    return path
 
 
 def archive(agent: bytes, modules: Mapping[str, bytes]) -> bytes:
@@ -121,21 +105,3 @@ def _read(path: Path, error_type: type[HostError | ImageError] = HostError) -> b
         return path.read_bytes()
     except OSError as error:
         raise error_type(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _write(target: Path, data: bytes) -> None:
-    """Whole or not at all: another hostel may look for it now."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".new-", delete=False) as file:
-            try:
-                file.write(data)
-                file.flush()
-                os.replace(file.name, target)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        raise HostError(
-            f"{target} cannot be written: {error.strerror}",
-            cure="make room, or set XDG_CACHE_HOME to another disk",
-        ) from None

@@ -19,6 +19,7 @@ from typing import Literal
 
 import msgspec
 
+from hostel import cache
 from hostel.errors import HostelError, MissingTool
 
 from . import kernels, toolbox
@@ -294,7 +295,7 @@ def _space(name: str, folder: Path, need: int, cost: str, cure: str) -> Finding:
 def _cache() -> Finding:
     cost = "a kernel cannot be fetched or unpacked"
     cure = "make room there, or set XDG_CACHE_HOME to another disk"
-    return _space("cache", kernels.cache_home(), ENOUGH_SPACE, cost, cure)
+    return _space("cache", cache.home(), ENOUGH_SPACE, cost, cure)
 
 
 # -- small things -----------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from typing import Literal
 
 import msgspec
 
+from hostel import cache
 from hostel.errors import ImageError
 
 Source = Literal["fetched", "host", "file"]
@@ -43,16 +44,9 @@ class Kernel(msgspec.Struct, frozen=True):
     """Why it cannot be used, if so."""
 
 
-def cache_home() -> Path:
-    """hostel's folder in the user's cache. A relative path in the variable is to be ignored
-    (XDG Base Directory Specification, "Environment variables")."""
-    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (home if home.is_absolute() else Path.home() / ".cache") / "hostel"
-
-
 def store() -> Path:
     """Where fetched kernels are."""
-    return cache_home() / "kernels"
+    return cache.home() / "kernels"
 
 
 def survey() -> tuple[Kernel, ...]:

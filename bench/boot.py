@@ -1,0 +1,208 @@
+"""A boot on engine ``kvm`` against QEMU's fastest machine type: process start to the first line from
+user space. The same kernel file, initramfs, command line, one vCPU, 256 MiB, both on this host's KVM.
+
+The peer is QEMU ``-M microvm,rtc=on`` with ACPI, from the bzImage and from the unpacked ELF: its
+faster one counts. Where KVM does not run Linux this starts itself again in the testbed.
+
+Keys of ``ratios``: ``time_vs_qemu_microvm`` (medians). ``breakdown`` says where hostel's time goes,
+``exits`` counts VM exits and exits to user space of one boot each, by the kernel's own tracepoints
+(not in the timed runs).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from _common import interleave, report, rows
+
+MARKER = b"user space is here"
+APPEND = "quiet 8250.nr_uarts=1 pci=noearly pmtmr=0"
+CMDLINE = f"console=ttyS0 panic=-1 cryptomgr.notests {APPEND}"
+DEADLINE = 180.0
+TRACING = Path("/sys/kernel/tracing")
+EVENTS = ("kvm_exit", "kvm_userspace_exit")
+
+INIT = f"""
+#include <sys/reboot.h>
+#include <unistd.h>
+int main(void)
+{{
+	(void)!write(1, "{MARKER.decode()}\\n", {len(MARKER) + 1});
+	pause();
+}}
+"""
+
+
+def first_line(argv: list[str]) -> float:
+    """Seconds from the start of a process to the marker on its standard output."""
+    start = time.perf_counter()
+    child = subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    signal.alarm(int(DEADLINE))
+    try:
+        assert child.stdout is not None
+        seen = b""
+        while MARKER not in seen:
+            data = os.read(child.stdout.fileno(), 4096)
+            if not data:
+                raise SystemExit(f"{argv[0]} ended: {child.communicate()[1].decode()} {seen!r}")
+            seen += data
+        return time.perf_counter() - start
+    finally:
+        signal.alarm(0)
+        child.kill()
+        child.communicate()
+
+
+def counted(argv: list[str]) -> dict[str, int] | None:
+    """VM exits and exits to user space of one boot; None where there are no tracepoints."""
+    if not (TRACING / "events/kvm/kvm_exit").exists():
+        subprocess.run(
+            ["mount", "-t", "tracefs", "tracefs", TRACING], check=False, capture_output=True
+        )
+    events = TRACING / "events/kvm"
+    if not (events / "kvm_exit/trigger").exists():
+        return None
+    histogram = "hist:keys=common_type"
+    for event in EVENTS:
+        (events / event / "trigger").write_text(histogram)
+    try:
+        first_line(argv)
+        return {event: _hits(events / event / "hist") for event in EVENTS}
+    finally:
+        for event in EVENTS:
+            (events / event / "trigger").write_text(f"!{histogram}")
+
+
+def _hits(histogram: Path) -> int:
+    for line in histogram.read_text().splitlines():
+        if line.strip().startswith("Hits:"):
+            return int(line.split(":")[1])
+    return 0
+
+
+def breakdown(kernel: str, initrd: str, begun: float) -> None:
+    """Child process: one boot by the library, with the time at each of its stations."""
+    marks = {"interpreter": time.monotonic() - begun}
+
+    def mark(name: str) -> None:
+        marks[name] = time.monotonic() - begun
+
+    from hostel.host.runtime import Runtime
+    from hostel.machine import make_engine
+    from hostel.prepare import prepare_raw
+    from hostel.spec import MachineSpec, Root
+
+    spec = MachineSpec(
+        engine="kvm",
+        kernel=kernel,
+        initrd=initrd,
+        append=APPEND,
+        memory=256 << 20,
+        root=Root(kind="none"),
+    )
+    mark("imports")
+    with Runtime() as runtime:
+        plan = prepare_raw(spec, runtime.path)
+        mark("plan")
+        engine = make_engine(plan)
+        seen: list[float] = []
+        engine.console.subscribe(lambda data: seen.append(time.monotonic() - begun))
+        engine.start()
+        mark("engine_started")
+        while MARKER not in engine.console.history():
+            time.sleep(0.001)
+        marks["first_console_byte"] = seen[0]
+        mark("user_space")
+        statistics = engine.statistics()
+        engine.stop()
+    print(
+        json.dumps(
+            {
+                "seconds": marks,
+                "exits": statistics["exits"],
+                "devices": statistics["devices"],
+                "unclaimed": statistics["unclaimed"],
+            }
+        )
+    )
+
+
+def run_breakdown(kernel: str, initrd: str) -> Any:
+    argv = [sys.executable, __file__, "--breakdown", kernel, initrd, str(time.monotonic())]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=DEADLINE)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout)
+
+
+def commands(kernel: str, elf: str, initrd: str) -> dict[str, list[str]]:
+    qemu = [
+        *("qemu-system-x86_64", "-M", "microvm,rtc=on", "-accel", "kvm", "-cpu", "host"),
+        *("-m", "256", "-smp", "1", "-nodefaults", "-no-user-config", "-display", "none"),
+        *("-serial", "stdio", "-no-reboot", "-initrd", initrd, "-append", CMDLINE),
+    ]
+    hostel = [
+        *(sys.executable, "-m", "hostel", "boot", "--engine", "kvm", "-m", "256M"),
+        *("--kernel", kernel, "--initrd", initrd, "--append", APPEND),
+    ]
+    return {
+        "hostel": hostel,
+        "qemu_microvm": [*qemu, "-kernel", kernel],
+        "qemu_microvm_elf": [*qemu, "-kernel", elf],
+    }
+
+
+def main() -> None:
+    from hostel.boot.image import vmlinux_for
+    from hostel.boot.initramfs import archive
+    from hostel.host.kernels import find
+
+    runs = int(os.environ.get("BENCH_RUNS", "5"))
+    kernel = find().image
+    with tempfile.TemporaryDirectory(prefix="hostel-bench-") as work:
+        source, init, initrd = (Path(work, name) for name in ("init.c", "init", "initrd.cpio"))
+        source.write_text(INIT)
+        subprocess.run(["cc", "-static", "-Os", "-s", "-o", init, source], check=True)
+        initrd.write_bytes(archive(init.read_bytes(), {}))
+        elf = vmlinux_for(kernel)
+        argvs = commands(str(kernel), str(elf), str(initrd))
+        for argv in argvs.values():
+            first_line(argv)  # files into the page cache, caches filled
+        timed = {name: partial(first_line, argv) for name, argv in argvs.items()}
+        table = rows(interleave(timed, runs), unit="s")
+        peer = min(table[name]["median"] for name in argvs if name != "hostel")
+        report(
+            "boot",
+            table,
+            {"time_vs_qemu_microvm": table["hostel"]["median"] / peer},
+            breakdown=run_breakdown(str(kernel), str(initrd)),
+            exits={name: counted(argv) for name, argv in argvs.items()},
+        )
+
+
+def in_testbed() -> int:
+    """Here, or the same in the testbed where KVM runs Linux."""
+    top = Path(__file__).parent.parent
+    return subprocess.call([top / "dev", "testbed", "--", sys.executable, __file__])
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--breakdown"]:
+        breakdown(sys.argv[2], sys.argv[3], float(sys.argv[4]))
+        raise SystemExit
+    from hostel.kvm.probe import probe
+
+    if not probe().usable and not os.environ.get("HOSTEL_TESTBED"):
+        raise SystemExit(in_testbed())
+    main()
