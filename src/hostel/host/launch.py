@@ -208,9 +208,15 @@ def stay_the_caller() -> None:
 
 
 def raise_file_limit() -> None:
-    """virtiofsd keeps a descriptor for each file that the guest's kernel remembers."""
+    """virtiofsd keeps a descriptor for each file that the guest's kernel remembers: a walk over the
+    host's root is some hundred thousand. Root may raise the limit; anyone else, up to their own."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with open("/proc/sys/fs/nr_open") as file:
+        most = int(file.read())
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except (ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def main() -> None:
