@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,39 +147,48 @@ def run_breakdown(kernel: str, initrd: str) -> Any:
     return json.loads(done.stdout)
 
 
-def commands(kernel: str, elf: str, initrd: str) -> dict[str, list[str]]:
+def commands(files: Files) -> dict[str, list[str]]:
     qemu = [
         *("qemu-system-x86_64", "-M", "microvm,rtc=on", "-accel", "kvm", "-cpu", "host"),
         *("-m", "256", "-smp", "1", "-nodefaults", "-no-user-config", "-display", "none"),
-        *("-serial", "stdio", "-no-reboot", "-initrd", initrd, "-append", CMDLINE),
+        *("-serial", "stdio", "-no-reboot", "-initrd", files.initrd, "-append", CMDLINE),
     ]
     hostel = [
         *(sys.executable, "-m", "hostel", "boot", "--engine", "kvm", "-m", "256M"),
-        *("--kernel", kernel, "--initrd", initrd, "--append", APPEND),
+        *("--kernel", files.kernel, "--initrd", files.initrd, "--append", APPEND),
     ]
     return {
         "hostel": hostel,
-        "qemu_microvm": [*qemu, "-kernel", kernel],
-        "qemu_microvm_elf": [*qemu, "-kernel", elf],
+        "qemu_microvm": [*qemu, "-kernel", files.kernel],
+        "qemu_microvm_elf": [*qemu, "-kernel", files.elf],
     }
 
 
-def main() -> None:
-    from hostel.boot.image import vmlinux_for
-    from hostel.boot.initramfs import archive
-    from hostel.host.kernels import find
+class Files:
+    """What both are given: kernel, its ELF, initramfs. A context manager."""
 
-    runs = int(os.environ.get("BENCH_RUNS", "5"))
-    kernel = find().image
-    with tempfile.TemporaryDirectory(prefix="hostel-bench-") as work:
-        source, init, initrd = (Path(work, name) for name in ("init.c", "init", "initrd.cpio"))
+    def __enter__(self) -> Files:
+        from hostel.boot.image import vmlinux_for
+        from hostel.boot.initramfs import archive
+        from hostel.host.kernels import find
+
+        self._work = tempfile.TemporaryDirectory(prefix="hostel-bench-")
+        source, init, initrd = (Path(self._work.name, n) for n in ("init.c", "init", "initrd"))
         source.write_text(INIT)
         subprocess.run(["cc", "-static", "-Os", "-s", "-o", init, source], check=True)
         initrd.write_bytes(archive(init.read_bytes(), {}))
-        elf = vmlinux_for(kernel)
-        argvs = commands(str(kernel), str(elf), str(initrd))
-        for argv in argvs.values():
-            first_line(argv)  # files into the page cache, caches filled
+        self.kernel, self.initrd = str(find().image), str(initrd)
+        self.elf = str(vmlinux_for(find().image))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._work.cleanup()
+
+
+def main() -> None:
+    runs = int(os.environ.get("BENCH_RUNS", "5"))
+    with Files() as files:
+        argvs = commands(files)
         timed = {name: partial(first_line, argv) for name, argv in argvs.items()}
         table = rows(interleave(timed, runs), unit="s")
         peer = min(table[name]["median"] for name in argvs if name != "hostel")
@@ -186,23 +196,24 @@ def main() -> None:
             "boot",
             table,
             {"time_vs_qemu_microvm": table["hostel"]["median"] / peer},
-            breakdown=run_breakdown(str(kernel), str(initrd)),
+            breakdown=run_breakdown(files.kernel, files.initrd),
             exits={name: counted(argv) for name, argv in argvs.items()},
         )
 
 
-def in_testbed() -> int:
-    """Here, or the same in the testbed where KVM runs Linux."""
+def here_or_in_testbed(script: str, run: Callable[[], None]) -> None:
+    """Run where KVM runs Linux: here, or in the testbed."""
+    from hostel.kvm.probe import probe
+
+    if probe().usable or os.environ.get("HOSTEL_TESTBED"):
+        run()
+        return
     top = Path(__file__).parent.parent
-    return subprocess.call([top / "dev", "testbed", "--", sys.executable, __file__])
+    raise SystemExit(subprocess.call([top / "dev", "testbed", "--", sys.executable, script]))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--breakdown"]:
         breakdown(sys.argv[2], sys.argv[3], float(sys.argv[4]))
-        raise SystemExit
-    from hostel.kvm.probe import probe
-
-    if not probe().usable and not os.environ.get("HOSTEL_TESTBED"):
-        raise SystemExit(in_testbed())
-    main()
+    else:
+        here_or_in_testbed(__file__, main)
