@@ -25,7 +25,7 @@ LAYERS = (
     ("vmm",),
     ("devices", "virtio", "boot"),
     ("guest", "host"),
-    ("plan", "prepare"),
+    ("plan", "root", "prepare"),
     ("monitor", "qemu"),
     ("machine",),
     ("cli",),

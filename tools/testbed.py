@@ -12,7 +12,8 @@ The picture:
 Rules: standard library only (it runs before the virtual environment exists); standard output carries
 the command's bytes only; every child dies with us (parent-death signal), and nothing is left on disk.
 The server emulated is slow (a few per cent of native) and stalled in 2 of 20 boots when measured: a boot
-that makes no progress is ended and tried again, and we say so.
+that makes no progress is ended and tried again, and so is a server that stands still before the command
+has said or read anything. We say so.
 """
 
 from __future__ import annotations
@@ -48,13 +49,16 @@ from testbed_parts import (
 PORTS = ("control", "stdin", "stdout", "stderr")
 STALL = 45.0
 """Seconds without a byte on the console, or a step of the guest's runner, that end a boot."""
+SILENCE = 120.0
+"""Seconds without a sign of life from the guest's runner (it gives one every 5) that end a server in which
+the command runs."""
 ATTEMPTS = 3
 OWN_FAILURE = 125
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 class Stalled(TestbedError):
-    """A boot that stopped making progress; worth another try."""
+    """A server that stopped making progress before the command said or read a word; worth another try."""
 
 
 def say(text: str) -> None:
@@ -196,6 +200,8 @@ class Session:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.lines = b""
+        self.fed = False
+        """Whether the command was given any standard input."""
         self.selector = selectors.DefaultSelector()
         for name in ("console", "control"):
             self.selector.register(server.ports[name], selectors.EVENT_READ, name)
@@ -254,14 +260,25 @@ class Session:
         """Carry the streams until the exit line, and then to the last byte that it counts."""
         outputs = [Output(self.server.ports["stdout"], 1), Output(self.server.ports["stderr"], 2)]
         threading.Thread(target=self._feed, daemon=True).start()
+        heard = time.monotonic()
         while True:
             for message in self._poll(1.0):
+                heard = time.monotonic()
                 if "exit" in message:
                     for output, name in zip(outputs, ("stdout", "stderr"), strict=True):
                         output.wait_for(int(str(message[name])))
                     return int(str(message["exit"]))
             if self.server.ended:
                 raise TestbedError("the emulated server ended before the command did")
+            if time.monotonic() - heard > SILENCE:
+                self._give_up(untouched=not self.fed and not any(o.count for o in outputs))
+
+    def _give_up(self, *, untouched: bool) -> None:
+        """Again only if nobody could notice that the command ran before."""
+        what = f"the emulated server stood still for {SILENCE:.0f} s"
+        if untouched:
+            raise Stalled(what)
+        raise TestbedError(f"{what} while the command ran; its output is not complete")
 
     def _feed(self) -> None:
         """Our standard input to the guest. A half-closed socket is the guest's end of file: QEMU reads
@@ -269,6 +286,7 @@ class Session:
         port = self.server.ports["stdin"]
         with contextlib.suppress(OSError):
             while data := os.read(0, 65536):
+                self.fed = True
                 port.sendall(data)
         with contextlib.suppress(OSError):
             port.shutdown(socket.SHUT_WR)

@@ -38,6 +38,8 @@ MODULES = (
     *("vfio_pci", "vfio_iommu_type1", "nvme", "loop", "ext4"),
     *("nf_tables", "nft_chain_nat", "nft_masq", "nft_ct", "nft_compat"),
 )
+BEAT = 5.0
+"""Seconds between two signs of life."""
 GRACE = 2.0
 """Seconds that output may still come after the command's end, from children it left behind."""
 
@@ -238,6 +240,13 @@ def follow(control: int, command: Command) -> None:
                     command.resize(*message["resize"])
 
 
+def beat(control: int) -> None:
+    """A sign of life for the host's watchdog; each line is one write, so none is torn."""
+    while True:
+        time.sleep(BEAT)
+        write_all(control, b'{"alive": true}\n')
+
+
 def read_line(control: int) -> bytes:
     line = b""
     while not line.endswith(b"\n"):
@@ -261,6 +270,7 @@ def main() -> None:
     write_all(ports["control"], b'{"ready": true}\n')
     command = Command(request, ports)
     threading.Thread(target=follow, args=(ports["control"], command), daemon=True).start()
+    threading.Thread(target=beat, args=(ports["control"],), daemon=True).start()
     write_all(ports["control"], json.dumps(command.finish()).encode() + b"\n")
     while True:
         time.sleep(60)  # the host ends the machine; the end of PID 1 would be a panic

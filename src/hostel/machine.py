@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from .console import Console
     from .guest.client import AgentClient, GuestProcess, Hello, Ids
     from .host.virtiofsd import Share
-    from .prepare import Preparation, Served
+    from .prepare import Preparation
+    from .root import Served
 
 CONSOLE_LINES = 12
 BOOT_SECONDS = {"kvm": 60.0, "tcg": 180.0}
@@ -113,10 +114,10 @@ class Machine:
 
     def _power_on(self) -> None:
         """In the order of the top of this file; after a reboot again, with the same plan."""
-        from . import prepare
+        from . import prepare, root
         from .guest.client import AgentClient
 
-        shares = self._serve(prepare.shared_paths(self.spec))
+        shares = self._serve(root.shared_paths(self.spec))
         if self._prepared is None:
             self._prepared = prepare.prepare(self.spec, self._runtime.path)
         self._mark("prepare")

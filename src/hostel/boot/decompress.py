@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -210,6 +209,8 @@ def _open_cached(path: Path) -> Source | None:
 
 def _store(unpacked: Source, kernel: elf.ElfFile, path: Path) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    import tempfile
+
     fd, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
     try:
         elf.write_compact(unpacked, kernel, fd)

@@ -16,7 +16,6 @@ kernel (made for virtual machines: fewer drivers, a faster boot), it has the hig
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from pathlib import Path
@@ -86,6 +85,8 @@ def _usable(kernel: Kernel) -> Kernel:
 
 
 def _suggest(name: str, kernels: tuple[Kernel, ...]) -> str:
+    import difflib
+
     near = difflib.get_close_matches(name, [k.release for k in kernels], n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else "`hostel kernel ls` lists those that are"
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +47,9 @@ class Runtime:
         """Remove it. Idempotent."""
         if self._lock_fd < 0:
             return
-        shutil.rmtree(self.path, ignore_errors=True)
+        from shutil import rmtree  # it brings compression with it: not before a machine starts
+
+        rmtree(self.path, ignore_errors=True)
         os.close(self._lock_fd)
         self._lock_fd = -1
 
@@ -128,11 +129,13 @@ def _sweep_one(path: Path) -> bool:
     """Remove one directory unless a live hostel holds it. The caller holds the parent's lock."""
     if not path.is_dir():
         return False
+    from shutil import rmtree
+
     with _try_lock(path / "lock") as ours:
         if ours:
             for record in path.glob(f"*{RECORD_SUFFIX}"):
                 kill_recorded(record)
-            shutil.rmtree(path, ignore_errors=True)
+            rmtree(path, ignore_errors=True)
         return ours
 
 

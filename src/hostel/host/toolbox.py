@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 from hostel.errors import MissingTool
 
 _SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
@@ -15,6 +13,8 @@ def find(program: str, *, package: str, cost: str, places: tuple[str, ...] = ())
 
     ``MissingTool`` says what is lost without it and how to get it.
     """
+    import shutil
+
     for candidate in (*places, program):
         found = shutil.which(candidate) or shutil.which(candidate, path=_SYSTEM_PATH)
         if found:
