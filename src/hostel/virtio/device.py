@@ -107,5 +107,5 @@ class VirtioDevice:
     def fail(self, error: HostelError) -> None:
         """The device cannot go on: DEVICE_NEEDS_RESET (§2.1.2). The machine lives."""
         self.fault = error
+        self.on_fault(self, error)  # first: who sees the guest react may ask why
         self.needs_reset()
-        self.on_fault(self, error)
