@@ -19,6 +19,8 @@ from pathlib import Path
 
 from .errors import HostError
 
+_CURE_FULL = "make room, or set XDG_CACHE_HOME to another disk"
+
 
 def home() -> Path:
     """hostel's folder; it need not exist. A relative path in the variable is to be ignored (XDG Base
@@ -45,6 +47,17 @@ def directory(name: str) -> Path:
     return path
 
 
+ROOM = 4 << 20
+"""What a compiler needs for one of our programs, and then some."""
+
+
+def check_room(path: Path) -> None:
+    """HostError if the disk under ``path`` is full."""
+    disk = os.statvfs(path)
+    if disk.f_bavail * disk.f_frsize < ROOM:
+        raise HostError(f"the disk of {path} is full", cure=_CURE_FULL)
+
+
 def store(target: Path, data: bytes) -> None:
     """Write a file of the cache, whole or not at all."""
     import tempfile
@@ -61,5 +74,5 @@ def store(target: Path, data: bytes) -> None:
     except OSError as error:
         raise HostError(
             f"{target} cannot be written: {error.strerror}",
-            cure="make room, or set XDG_CACHE_HOME to another disk",
+            cure=_CURE_FULL,
         ) from None

@@ -160,9 +160,10 @@ class Machine:
                 self._mark("boot")
                 client.setup(prepared.steps)
             except AgentError as error:
-                raise self._boot_error(f"the guest could not be set up: {error}") from None
+                tail = self.console.tail(CONSOLE_LINES)
+                raise BootError(f"the guest could not be set up: {error}", console=tail) from None
             except MachineTimeout:
-                raise self._boot_error(f"no word from the guest's agent in {limit:g} s") from None
+                raise self._silence(limit) from None
             self._mark("ready")
             self._hello = hello
 
@@ -328,11 +329,10 @@ class Machine:
         self._ending = ending
         return explain_ending(ending, engine.console)
 
-    def _boot_error(self, message: str) -> BootError:
+    def _silence(self, limit: float) -> BootError:
         tail = self.console.tail(CONSOLE_LINES)
-        return BootError(
-            message if tail else f"{message}; its kernel printed nothing", console=tail
-        )
+        where = "" if tail else "; its kernel printed nothing"
+        return BootError(f"no word from the guest's agent in {limit:g} s{where}", console=tail)
 
     def _user(self) -> Ids:
         from .guest.client import Ids

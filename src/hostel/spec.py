@@ -109,6 +109,8 @@ class MachineSpec(_Part, frozen=True):
         for target in (*self.tmpfs, *(volume.target for volume in self.volumes)):
             if not target.startswith("/"):
                 raise SpecError(f"a mount point in the guest must be absolute, not {target!r}")
+            if not target.partition(":")[0].strip("/"):
+                raise SpecError("nothing can be mounted over the guest's root", cure="see --root")
 
     def replace(self, **changes: Any) -> MachineSpec:
         """A copy with some fields changed."""

@@ -55,6 +55,7 @@ class Connection:
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         self._error: HostelError | None = None
+        self._explaining = False
         self._queue: deque[bytes] = deque()
         self._queued = 0
         self._sending = threading.Condition()
@@ -79,7 +80,8 @@ class Connection:
 
     def close(self) -> None:
         """Ends everything; waiters get ``MachineStopped``."""
-        self._fail(MachineStopped("the connection to the guest's agent is closed"))
+        if not self._explaining:
+            self._fail(MachineStopped("the connection to the guest's agent is closed"))
         for thread in (self._reader, self._writer):
             if thread is not None and thread is not threading.current_thread():
                 thread.join()
@@ -174,6 +176,7 @@ class Connection:
 
     def _broken(self, error: HostelError) -> None:
         if self._explain and not self._error:
+            self._explaining = True  # from now on the reason is this one, whoever closes us
             error = self._explain(error)
         self._fail(error)
 

@@ -70,6 +70,7 @@ def _compile(command: list[str], sources: Sequence[Path], cost: str) -> None:
         [*command, *files], capture_output=True, text=True, errors="replace", check=False
     )
     if done.returncode:
+        cache.check_room(Path(command[-1]).parent)  # else the compiler's words say nothing of it
         complaint = _first_complaint(done.stderr)
         raise HostError(
             f"{Path(files[0]).name} cannot be compiled: {complaint}", cost=cost, cure=CURE

@@ -192,7 +192,8 @@ def stay_the_caller() -> None:
 
     In this user namespace there is nobody else to be, and groups cannot be dropped; but virtiofsd ends
     if it may not drop them, and refuses to make a file for a user of the guest that it cannot become.
-    So what any user of the guest makes is the caller's, who may also use their groups' files, as always.
+    So what any user of the guest makes is the caller's. Their groups' files show as nobody's, and the guest's
+    own check refuses them.
     """
     load_number, if_equal, give = 0x20, 0x15, 0x06
     allow, succeed = 0x7FFF0000, 0x00050000
