@@ -72,10 +72,11 @@ struct stream {
 	uint32_t id;
 	pid_t pid;
 	bool tty, ended, detached;
+	int terminal;		/* the slave side, ours too until the process has ended */
 	int fd[3];		/* our ends of stdin, stdout, stderr; -1: closed */
 	int status;		/* the child's report of a failure before exec */
 	struct buffer input;	/* from the host, not yet written to stdin */
-	bool input_eof;
+	bool input_eof, mid_line;
 	uint32_t input_done;	/* written, not yet credited */
 	uint32_t credit[3];	/* what the host has room for */
 	size_t left[3];		/* once ended: what is still to be read */

@@ -72,6 +72,9 @@ static bool make_tty(struct stream *stream, struct child *child, uint32_t rows, 
 	child->tty = ioctl(master, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC);
 	if (child->tty < 0)
 		return false;
+	/* A command may close its terminal and end, or open /dev/tty, later: while this side is held, the
+	 * master does not say EIO, and is not closed, which would be a SIGHUP. */
+	stream->terminal = fcntl(child->tty, F_DUPFD_CLOEXEC, 3);
 	non_blocking(master);
 	stream->fd[0] = fcntl(master, F_DUPFD_CLOEXEC, 3);
 	return stream->fd[0] >= 0;
@@ -119,6 +122,7 @@ static void stream_free(struct stream *stream)
 	for (int channel = 0; channel < 3; channel++)
 		close_fd(&stream->fd[channel]);
 	close_fd(&stream->status);
+	close_fd(&stream->terminal);
 	buffer_free(&stream->input);
 	free(stream);
 }
@@ -131,7 +135,7 @@ void stream_open(const struct header *header, const uint8_t *message, size_t siz
 	if (!stream)
 		die("memory", ENOMEM);
 	*stream = (struct stream){ .id = header->stream, .fd = { -1, -1, -1 }, .status = -1,
-				   .credit = { 0, WINDOW, WINDOW } };
+				   .terminal = -1, .credit = { 0, WINDOW, WINDOW } };
 	bool made = make_channels(stream, &child, header, message, size);
 	stream->pid = made ? start_child(&child, header, message, size) : -1;
 	int error = errno;
@@ -201,15 +205,17 @@ static void take_input(struct stream *stream, const uint8_t *data, size_t size)
 		close_input(stream, true);	/* the host broke its window */
 		return;
 	}
+	stream->mid_line = size && data[size - 1] != '\n';
 	buffer_append(&stream->input, data, size);
 	stream_write(stream);
 }
 
 static void end_input(struct stream *stream)
 {
-	/* A terminal has no end of file but the character that says so (termios(3), VEOF). */
+	/* A terminal has no end of file but the character that says so (termios(3), VEOF): after a half line
+	 * the first one hands that over, the second one is the end. */
 	if (stream->tty && !stream->input_eof)
-		take_input(stream, (const uint8_t *)"\4", 1);
+		take_input(stream, (const uint8_t *)"\4\4", stream->mid_line ? 2 : 1);
 	stream->input_eof = true;
 	if (stream->fd[0] >= 0 && !stream->tty && !buffer_size(&stream->input))
 		close_input(stream, false);
@@ -321,6 +327,7 @@ static void child_ended(struct stream *stream, int status)
 {
 	stream->ended = true;
 	close_input(stream, false);
+	close_fd(&stream->terminal);
 	while (stream->status >= 0)	/* its only writer is gone: this ends */
 		stream_status(stream);
 	if (!stream->detached)
@@ -379,6 +386,7 @@ void streams_detach(void)
 		stream->detached = true;
 		for (int channel = 0; channel < 3; channel++)
 			close_fd(&stream->fd[channel]);
+		close_fd(&stream->terminal);
 		buffer_free(&stream->input);
 	}
 }
