@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from hostel.errors import AgentError, HostelError, MachineStopped, MachineTimeout
+from hostel.errors import AgentError, HostelError, MachineStopped, MachineTimeout, SpecError
 
 from .connection import Connection, Explain
 from .process import ExitStatus, GuestProcess, Stream
@@ -125,6 +125,8 @@ class AgentClient:
         guest. ``stdin`` is True (``write``), False (``/dev/null``) or a file descriptor of the host;
         ``stdout`` and ``stderr`` are file descriptors that get the bytes, or None (``read``).
         ``login_env`` adds HOME, USER, LOGNAME and SHELL where ``env`` has none."""
+        if isinstance(argv, str | bytes):  # a sequence too, of one-letter words
+            raise SpecError("argv must be a list of strings, not a string")
         if not argv or not argv[0]:
             raise AgentError("no command was given")
         flags = (ExecFlag.TTY if tty else 0) | (ExecFlag.LOGIN_ENV if login_env else 0)
