@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hostel.errors import AgentError, MachineStopped, MachineTimeout
+from hostel.errors import AgentError, HostError, MachineStopped, MachineTimeout, SpecError
 from hostel.guest.client import AgentClient, ExitStatus, Ids, Tty
 from hostel.guest.protocol import WINDOW
 
@@ -208,6 +208,20 @@ def test_end_of_file_on_a_terminal(client: AgentClient) -> None:
     assert out == b"line\r\ndone\r\n"
 
 
+def test_terminal_stays_until_the_command_has_ended(client: AgentClient) -> None:
+    """A command may close its terminal before it ends; that is no hang-up."""
+    script = "exec <&- >&- 2>&-; sleep 0.3; echo back > /dev/tty; exit 3"
+    assert run(client, "sh", "-c", script, tty=Tty()) == (b"back\r\n", b"", 3)
+
+
+@pytest.mark.parametrize("text", [b"hi\n", b"hi", b""])
+def test_end_of_input_on_a_terminal(client: AgentClient, text: bytes) -> None:
+    """Also in the middle of a line, where one VEOF only ends the wait for the rest of it."""
+    for _ in range(5):
+        out, _, code = run(client, "sh", "-c", "stty -echo; cat", stdin=text, tty=Tty())
+        assert (out.endswith(text.replace(b"\n", b"\r\n")), code) == (True, 0)
+
+
 def test_signal_reaches_the_group(client: AgentClient) -> None:
     process = client.spawn(["sh", "-c", "sleep 60 & echo ready; wait"], env=PATH)
     assert process.read() == ("stdout", b"ready\n")
@@ -273,6 +287,16 @@ def test_reader_that_leaves_is_a_broken_pipe(client: AgentClient) -> None:
     os.close(theirs)
 
 
+def test_output_that_cannot_be_written_is_said(client: AgentClient) -> None:
+    with open("/dev/full", "wb") as full:
+        process = client.spawn(["seq", "1", "5"], env=PATH, stdout=full.fileno())
+        with pytest.raises(HostError, match=r"to standard output: No space left on device$"):
+            process.wait(10)
+        process = client.spawn(["ls", "/no"], env=PATH, stdout=full.fileno(), stderr=full.fileno())
+        with pytest.raises(HostError, match=r"to standard error: No space left on device$"):
+            process.wait(10)
+
+
 def test_silent_input_does_not_outlive_the_command(client: AgentClient) -> None:
     ours, theirs = socket.socketpair()
     before = threading.active_count()
@@ -334,6 +358,11 @@ def test_many_at_once(client: AgentClient) -> None:
     for number, process in enumerate(processes):
         out, _, status = process.communicate(timeout=30)
         assert (out, status.code) == (b"%d" % number * 1000, number)
+
+
+def test_a_string_is_no_argv(client: AgentClient) -> None:
+    with pytest.raises(SpecError, match="argv must be a list of strings, not a string"):
+        client.spawn("echo hi")
 
 
 def test_time_out(client: AgentClient) -> None:

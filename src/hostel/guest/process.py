@@ -22,7 +22,7 @@ from typing import Literal
 
 import msgspec
 
-from hostel.errors import AgentError, HostelError, MachineStopped, MachineTimeout
+from hostel.errors import AgentError, HostelError, HostError, MachineStopped, MachineTimeout
 
 from .connection import Connection
 from .protocol import MAX_PAYLOAD, WINDOW, Buffer, Channel, ExitKind, Reader, Type, Writer
@@ -221,6 +221,7 @@ class GuestProcess(Stream):
     def __init__(self, connection: Connection, has_input: bool = True) -> None:
         super().__init__(connection, has_input)
         self._pumps: list[threading.Thread] = []
+        self._unwritten: HostError | None = None
         self._unpumped: tuple[Channel, ...] = (Channel.STDOUT, Channel.STDERR)
 
     def read(self) -> tuple[StreamName, bytes] | None:
@@ -238,13 +239,16 @@ class GuestProcess(Stream):
         self._send_quietly(Type.SIGNAL, Writer().u32(number).data)
 
     def wait(self, timeout: float | None = None) -> ExitStatus:
-        """Until the command has ended and its output is in the file descriptors it was given."""
+        """Until the command has ended and its output is in the file descriptors it was given.
+        ``HostError`` if one of them did not take it: a full disk, say."""
         deadline = None if timeout is None else time.monotonic() + timeout
         status = self.finished(timeout)
         for pump in self._pumps:
             pump.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
             if pump.is_alive():
                 raise MachineTimeout("the command's output is not being read")
+        if self._unwritten:
+            raise self._unwritten
         return status
 
     def communicate(
@@ -292,11 +296,18 @@ class GuestProcess(Stream):
             while (taken := self.take((channel,))) is not None:
                 try:
                     _write_all(fd, taken[1])
-                except OSError:
+                except OSError as error:
+                    self._lost(channel, error)
                     self.stop_reading(channel)
                     break
             while self.take((channel,)) is not None:
                 pass  # what was under way when the reader left
+
+    def _lost(self, channel: Channel, error: OSError) -> None:
+        """A reader that leaves wants no more, and nobody needs to hear of it; all else loses output."""
+        if not isinstance(error, BrokenPipeError):
+            name = "standard error" if channel is Channel.STDERR else "standard output"
+            self._unwritten = HostError(f"cannot write to {name}: {error.strerror}")
 
     def _pump_input(self, fd: int) -> None:
         """``_input_wake`` ends the wait for a terminal that stays silent after the command's end."""
