@@ -24,6 +24,7 @@ from .boot import cmdline
 from .errors import KvmError, SpecError
 from .host import kernels
 from .host.inputs import checked_disks, readable
+from .host.verdict import verdict
 from .plan import Plan, Share
 from .spec import MachineSpec
 
@@ -43,9 +44,7 @@ def choose_engine(spec: MachineSpec) -> Choice:
 
     A named engine that cannot work is an error with the reason.
     """
-    from .kvm.probe import probe
-
-    report = probe()
+    report = verdict()
     if spec.engine == "kvm" and not report.usable:
         raise KvmError(
             f"engine kvm cannot run Linux here: {report.reason}",

@@ -1,0 +1,63 @@
+"""The trial of KVM is made once, and again when what it was about has changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hostel.host import verdict as verdicts
+from hostel.host.verdict import verdict
+from hostel.kvm.probe import KvmReport
+
+
+@pytest.fixture
+def trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[KvmReport]:
+    """Counts trials; their outcome is the last report appended before."""
+    made: list[KvmReport] = []
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+
+    def probe() -> KvmReport:
+        made.append(KvmReport(present=True, openable=True, loops_per_second=len(made)))
+        return made[-1]
+
+    monkeypatch.setattr("hostel.kvm.probe.probe", probe)
+    monkeypatch.setattr(verdicts, "_key", lambda: "boot 1")
+    return made
+
+
+def test_once(trials: list[KvmReport]) -> None:
+    first = verdict()
+    assert verdict() == first
+    assert len(trials) == 1
+
+
+def test_again_after_a_reboot(trials: list[KvmReport], monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict()
+    monkeypatch.setattr(verdicts, "_key", lambda: "boot 2")
+    verdict()
+    assert len(trials) == 2
+
+
+def test_a_failed_trial_is_not_remembered(
+    trials: list[KvmReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "hostel.kvm.probe.probe", lambda: KvmReport(True, False, "no permission on /dev/kvm")
+    )
+    assert not verdict().usable
+    monkeypatch.undo()
+    assert "no permission" not in verdict().reason
+
+
+def test_a_torn_file_is_no_harm(trials: list[KvmReport], tmp_path: Path) -> None:
+    verdict()
+    (tmp_path / "hostel" / ".kvm").write_text("{")
+    assert verdict().reason
+    assert len(trials) == 2
+
+
+@pytest.mark.kvm
+def test_the_real_one() -> None:
+    assert verdict().reason
+    assert verdict().max_vcpus > 0
