@@ -6,8 +6,8 @@
         CPUID, MSR lists               memory, interrupts    registers, one page shared with KVM
 
 One class per file descriptor, which it owns and closes; one thin method per ioctl, named after it,
-whose docstring cites KVM's own document (Documentation/virt/kvm/api.rst in Linux). A refused ioctl
-is a ``KvmError`` that names it.
+whose docstring cites KVM's own document (Documentation/virt/kvm/api.rst in Linux, numbered as in 6.1).
+A refused ioctl is a ``KvmError`` that names it.
 """
 
 from .system import System

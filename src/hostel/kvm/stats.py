@@ -1,4 +1,4 @@
-"""KVM's binary statistics (api.rst §4.134): a file per VM and per vCPU.
+"""KVM's binary statistics (api.rst §4.133): a file per VM and per vCPU.
 
 ::
 

@@ -121,7 +121,7 @@ class Vcpu:
         call(self.fd, "KVM_SET_FPU", abi.SET_FPU, fpu)
 
     def get_xsave(self) -> bytes:
-        """KVM_GET_XSAVE2, api.rst §4.135, of whatever size this CPU needs (KVM_GET_XSAVE, §4.42,
+        """KVM_GET_XSAVE2, api.rst §4.134, of whatever size this CPU needs (KVM_GET_XSAVE, §4.42,
         and 4 KiB, where KVM has no other): all extended state."""
         buffer = bytearray(max(self._xsave_size, 4096))
         if self._xsave_size:
@@ -166,13 +166,13 @@ class Vcpu:
     # --- What the guest sees of its CPU ---
 
     def get_cpuid(self) -> list[abi.CpuidEntry2]:
-        """KVM_GET_CPUID2, api.rst §4.21."""
+        """KVM_GET_CPUID2, which api.rst leaves out: what ``set_cpuid`` was given."""
         buffer = empty_cpuid(256)
         call(self.fd, "KVM_GET_CPUID2", abi.GET_CPUID2, buffer)
         return cpuid_entries(buffer)
 
     def set_cpuid(self, entries: Sequence[abi.CpuidEntry2]) -> None:
-        """KVM_SET_CPUID2, api.rst §4.20. Before the first ``run``."""
+        """KVM_SET_CPUID2, api.rst §4.20 (with KVM_SET_CPUID). Before the first ``run``."""
         call(self.fd, "KVM_SET_CPUID2", abi.SET_CPUID2, pack_cpuid(entries))
 
     def get_tsc_khz(self) -> int:
@@ -184,7 +184,7 @@ class Vcpu:
         call(self.fd, "KVM_SET_TSC_KHZ", abi.SET_TSC_KHZ, khz)
 
     def kvmclock_ctrl(self) -> None:
-        """KVM_KVMCLOCK_CTRL, api.rst §4.69: tell the guest that it was paused, so that its
+        """KVM_KVMCLOCK_CTRL, api.rst §4.70: tell the guest that it was paused, so that its
         watchdogs forgive. An error if the guest does not use kvm-clock."""
         call(self.fd, "KVM_KVMCLOCK_CTRL", abi.KVMCLOCK_CTRL)
 
@@ -245,7 +245,7 @@ class Vcpu:
         return request
 
     def open_stats(self) -> Stats:
-        """KVM_GET_STATS_FD, api.rst §4.134."""
+        """KVM_GET_STATS_FD, api.rst §4.133."""
         return Stats(call(self.fd, "KVM_GET_STATS_FD", abi.GET_STATS_FD))
 
     def close(self) -> None:

@@ -81,12 +81,12 @@ class Vm:
         call(self.fd, "KVM_CLEAR_DIRTY_LOG", abi.CLEAR_DIRTY_LOG, request)
 
     def set_tss_address(self, address: int) -> None:
-        """KVM_SET_TSS_ADDR, api.rst §4.30: three pages that Intel without unrestricted guest
+        """KVM_SET_TSS_ADDR, api.rst §4.36: three pages that Intel without unrestricted guest
         needs for real mode."""
         call_with_address(self.fd, "KVM_SET_TSS_ADDR", abi.SET_TSS_ADDR, address)
 
     def set_identity_map_address(self, address: int) -> None:
-        """KVM_SET_IDENTITY_MAP_ADDR, api.rst §4.41: one page, likewise; before any vCPU."""
+        """KVM_SET_IDENTITY_MAP_ADDR, api.rst §4.40: one page, likewise; before any vCPU."""
         request = c_uint64(address)
         call(self.fd, "KVM_SET_IDENTITY_MAP_ADDR", abi.SET_IDENTITY_MAP_ADDR, request)
 
@@ -132,7 +132,7 @@ class Vm:
         call(self.fd, "KVM_IRQ_LINE", abi.IRQ_LINE, abi.IrqLevel(gsi, level))
 
     def signal_msi(self, message: MsiMessage) -> bool:
-        """KVM_SIGNAL_MSI, api.rst §4.70. False: the guest blocks it."""
+        """KVM_SIGNAL_MSI, api.rst §4.71. False: the guest blocks it."""
         low, high = message.address & 0xFFFF_FFFF, message.address >> 32
         request = abi.Msi(address_lo=low, address_hi=high, data=message.data)
         return call(self.fd, "KVM_SIGNAL_MSI", abi.SIGNAL_MSI, request) > 0
@@ -182,7 +182,7 @@ class Vm:
     def set_msr_filter(
         self, ranges: Sequence[tuple[int, int, bytearray, int]], *, allow_others: bool = True
     ) -> None:
-        """KVM_X86_SET_MSR_FILTER, api.rst §4.126.
+        """KVM_X86_SET_MSR_FILTER, api.rst §4.97.
 
         Each range is (first MSR, how many, bitmap with 1 for allowed, MSR_FILTER_READ and _WRITE).
         What is denied reaches us as ``MsrExit`` if ``user_space_msrs`` asked for it, else #GP.
@@ -200,7 +200,7 @@ class Vm:
         self.enable(abi.CAP_X86_USER_SPACE_MSR, reasons)
 
     def open_stats(self) -> Stats:
-        """KVM_GET_STATS_FD, api.rst §4.134."""
+        """KVM_GET_STATS_FD, api.rst §4.133."""
         return Stats(call(self.fd, "KVM_GET_STATS_FD", abi.GET_STATS_FD))
 
     def close(self) -> None:
