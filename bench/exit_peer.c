@@ -54,10 +54,14 @@ static void load(uint8_t *memory, const char *hex)
 static void real_mode(int vcpu)
 {
 	struct kvm_sregs sregs;
-	struct kvm_regs regs = { .rip = ENTRY, .rflags = 2 };
 	check(ioctl(vcpu, KVM_GET_SREGS, &sregs), "KVM_GET_SREGS");
 	sregs.cs.base = sregs.cs.selector = 0;
 	check(ioctl(vcpu, KVM_SET_SREGS, &sregs), "KVM_SET_SREGS");
+}
+
+static void enter(int vcpu)
+{
+	struct kvm_regs regs = { .rip = ENTRY, .rflags = 2 };
 	check(ioctl(vcpu, KVM_SET_REGS, &regs), "KVM_SET_REGS");
 }
 
@@ -114,9 +118,14 @@ int main(int argc, char **argv)
 	real_mode(vcpu);
 
 	struct device device = { .base = port, .size = 1, .write = count_write };
-	double start = now();
-	serve(vcpu, run, &device, 1);
-	double elapsed = now() - start;
+	double elapsed = 0;
+	for (int round = 0; round < 2; round++) { /* the first pays for what is made once */
+		enter(vcpu);
+		device.count = 0;
+		double start = now();
+		serve(vcpu, run, &device, 1);
+		elapsed = now() - start;
+	}
 	if (device.count != (kick ? 0 : loops))
 		errx(1, "%ld exits; exit reason %u", device.count, run->exit_reason);
 	printf("%f\n", elapsed / loops);
