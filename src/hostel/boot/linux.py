@@ -21,17 +21,6 @@ _PROTOCOL = 0x020F
 _SEED_SIZE = 32
 
 
-def cmdline_limit(image: KernelImage) -> int:
-    """Bytes of command line, without its NUL."""
-    return image.header.cmdline_size if image.header else abi.DEFAULT_CMDLINE_SIZE
-
-
-def initrd_limit(image: KernelImage) -> int:
-    """The first address that an initrd must not reach."""
-    top = image.header.initrd_addr_max if image.header else abi.DEFAULT_INITRD_ADDR_MAX
-    return top + 1
-
-
 def build(memory: GuestMemory, image: KernelImage, info: BootInfo) -> EntryState:
     params = abi.BootParams()
     params.hdr = image.header or _header()

@@ -16,19 +16,18 @@ import errno
 import os
 from pathlib import Path
 
-from hostel.errors import HostError, ImageError, MemoryFault, SpecError
+from hostel.errors import HostError
 from hostel.memory import GuestMemory
 from hostel.vmm import layout
 
 from . import linux, multiboot, pvh
 from .e820 import memory_map
 from .entry import EntryState, write_tables
+from .fits import check_segments, cmdline_bytes, initrd_address
 from .image import KernelImage, open_kernel
 from .info import Blob, BootInfo
 from .source import Source
 
-_PAGE = 4096
-_SEED_ROOM = 0x100
 _BUILDERS = {"linux": linux.build, "pvh": pvh.build, "multiboot": multiboot.build}
 
 
@@ -61,15 +60,9 @@ def load_kernel(
 
 
 def load_segments(memory: GuestMemory, image: KernelImage) -> None:
+    check_segments(image, memory.size)
     for segment in image.segments:
-        try:
-            view = memory.view(segment.paddr, segment.memsz)
-        except MemoryFault:
-            raise ImageError(
-                f"{image.source.name} needs memory up to {segment.end >> 20} MiB; the machine has"
-                f" {memory.size >> 20} MiB",
-                cure=f"give it more than {-(-image.end >> 20)} MiB",
-            ) from None
+        view = memory.view(segment.paddr, segment.memsz)
         image.source.read_into(segment.offset, view[: segment.filesz])
         _zero(memory, segment.paddr + segment.filesz, segment.memsz - segment.filesz)
 
@@ -99,36 +92,13 @@ def _seek_data(fd: int, offset: int) -> int | None:
 
 
 def _load_cmdline(memory: GuestMemory, image: KernelImage, cmdline: str) -> Blob:
-    data = os.fsencode(cmdline)
-    limit = layout.CMDLINE_MAX - _SEED_ROOM
-    if image.protocol == "linux":
-        limit = min(limit, linux.cmdline_limit(image))
-    if b"\0" in data:
-        raise SpecError("the kernel's command line contains a NUL")
-    if len(data) > limit:
-        raise SpecError(
-            f"the kernel's command line has {len(data)} bytes; this kernel reads {limit}",
-            cure="shorten what is appended to it",
-        )
+    data = cmdline_bytes(image, cmdline)
     memory.write(layout.CMDLINE_ADDRESS, data + b"\0")
     return Blob(layout.CMDLINE_ADDRESS, len(data))
 
 
 def _load_initrd(memory: GuestMemory, image: KernelImage, path: Path) -> Blob:
     with Source.open(path, "initrd") as source:
-        floor = -(-image.end // _PAGE) * _PAGE
-        address = floor
-        low_end = memory.regions[0].size
-        limit = linux.initrd_limit(image) if image.protocol == "linux" else low_end
-        if image.protocol != "multiboot":
-            # High: the kernel's own early allocations go upwards from its end. A multiboot kernel
-            # may map no more than its first few megabytes, so its module stays near.
-            address = (min(low_end, limit) - source.size) // _PAGE * _PAGE
-        if address < floor or address + source.size > low_end:
-            raise SpecError(
-                f"the initrd {path} has {source.size >> 20} MiB, and beside the kernel there is no"
-                f" room for it in {memory.size >> 20} MiB",
-                cure="give the machine more memory",
-            )
+        address = initrd_address(image, source, memory.size)
         source.read_into(0, memory.view(address, source.size))
         return Blob(address, source.size)
