@@ -12,16 +12,26 @@ from typing import Any
 import msgspec
 import pytest
 
+from guests import kernels
 from guests.kernels import compile_kernel
 from guests.killed import Victim, gone_within, lives
-from hostel.errors import HelperError, MachineStopped, MissingTool, SpecError, UserError
+from hostel.errors import (
+    HelperError,
+    HostError,
+    ImageError,
+    MachineStopped,
+    MissingTool,
+    SpecError,
+    UserError,
+)
 from hostel.host.runtime import Runtime, sweep
 from hostel.plan import Ending, Plan
 from hostel.qemu import QemuEngine, tsc
 from hostel.spec import Disk, MachineSpec
 
 pytestmark = pytest.mark.qemu
-MEMORY = 32 << 20
+MIB = 1 << 20
+MEMORY = 32 * MIB
 SECONDS = 60.0
 
 Make = Callable[..., QemuEngine]
@@ -71,6 +81,7 @@ def make(kernel: Path) -> Iterator[Make]:
         ("off", Ending("poweroff")),
         ("reset", Ending("reset")),
         ("exit", Ending("debug-exit", code=0x43)),
+        ("fault", Ending("crash", "triple fault")),
         ("panic reset", Ending("panic", "Kernel panic - not syncing: as told")),
         ("panic halted", Ending("panic", "Kernel panic - not syncing: as told")),
     ],
@@ -108,6 +119,26 @@ def test_panic_is_no_restart(make: Make) -> None:
     ending = engine.wait(SECONDS)
     assert ending is not None
     assert ending.kind == "panic"
+
+
+@pytest.mark.parametrize("transport", ["pci", "mmio"])
+def test_triple_fault_is_no_restart(make: Make, transport: str) -> None:
+    engine = make("fault", spec={"on_reboot": "restart", "transport": transport})
+    engine.start()
+    assert engine.wait(SECONDS) == Ending("crash", "triple fault")
+    assert b"hello" in engine.console.history()
+    assert engine.statistics()["resets"] <= 2
+
+
+def test_what_only_resets_ends(make: Make) -> None:
+    """As a triple fault looks where QEMU does not say so."""
+    engine = make("reset", spec={"on_reboot": "restart"})
+    engine.start()
+    ending = engine.wait(SECONDS)
+    assert ending is not None
+    assert ending.kind == "crash"
+    assert "reset itself 10 times in a row" in ending.detail
+    assert engine.console.history().count(b"hello") >= 4
 
 
 def test_stop_leaves_nothing(make: Make) -> None:
@@ -175,6 +206,40 @@ def test_what_is_no_kernel(make: Make, tmp_path: Path) -> None:
     path.write_text("no kernel" * 1000)
     with pytest.raises(UserError, match="text is"):
         make(kernel=path).start()
+
+
+def test_kernel_larger_than_memory(make: Make, tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    path.write_bytes(kernels.elf(segments=((MIB, 8, b"x"), (30 * MIB, 3 * MIB, b"x"))))
+    with pytest.raises(ImageError, match=r"up to 33 MiB; the machine has 32 MiB; .*than 33 MiB"):
+        make(kernel=path).start()
+
+
+def test_command_line_longer_than_the_kernel_reads(make: Make, tmp_path: Path) -> None:
+    path = tmp_path / "linux"
+    path.write_bytes(kernels.elf())
+    with pytest.raises(SpecError, match=r"command line has 50\d\d bytes; this kernel reads 2047"):
+        make("x" * 5000, kernel=path).start()
+
+
+def test_initrd_larger_than_the_room(make: Make, tmp_path: Path) -> None:
+    initrd = tmp_path / "initrd"
+    with initrd.open("wb") as file:
+        file.truncate(MEMORY)
+    with pytest.raises(SpecError, match="no room"):
+        make(initrd=initrd).start()
+
+
+def test_more_huge_pages_than_there_are(make: Make) -> None:
+    need = int(Path("/proc/sys/vm/nr_hugepages").read_text()) + 16
+    with pytest.raises(HostError, match=rf"no {need} free huge pages.*vm.nr_hugepages={need}"):
+        make(spec={"memory": need << 21, "hugepages": True}).start()
+
+
+@pytest.mark.parametrize("gib", [10 << 10, 999_999])
+def test_more_memory_than_there_can_be(make: Make, gib: int) -> None:
+    with pytest.raises(HostError, match=r"more than this host gives a guest: .*; ask for less"):
+        make(spec={"memory": gib << 30}).start()
 
 
 def test_memory_is_whole_mebibytes(make: Make) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hostel.errors import HostelError
 from hostel.machine import Machine
 from hostel.spec import Disk, MachineSpec, Transport
 
@@ -27,3 +28,11 @@ def test_devices_on_each_transport(transport: Transport, bus: str, tmp_path: Pat
     assert all(bus in device for device in devices)
     assert b"first sector" + Path("/etc/hostname").read_bytes() in result.stdout
     assert Path("/etc/hostname").read_text() != "no\n"
+
+
+@pytest.mark.parametrize("transport", ["pci", "mmio"])
+def test_reboot_is_no_crash(transport: Transport) -> None:
+    spec = MachineSpec(engine="qemu", transport=transport, on_reboot="stop")
+    command = ["sh", "-c", "echo b > /proc/sysrq-trigger; sleep 60"]
+    with Machine(spec) as machine, pytest.raises(HostelError, match="the guest rebooted"):
+        machine.exec(command, user="root")

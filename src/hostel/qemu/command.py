@@ -38,7 +38,8 @@ ACCEL = {"tcg": "tcg,thread=multi", "kvm": "kvm"}
 
 
 def arguments(plan: Plan, kernel: Path, cmdline: str, fds: Mapping[str, int]) -> Iterator[str]:
-    """All of it but the program. ``fds``: one end of a socket pair for each of ``streams``."""
+    """All of it but the program. ``fds``: one end of a socket pair for each of ``streams``, and a pipe
+    for the ``log`` where there is something to learn from it."""
     spec = plan.spec
     yield from ("-nodefaults", "-no-user-config", "-display", "none")
     yield from ("-accel", ACCEL[plan.accel], "-cpu", CPU[plan.accel], "-smp", str(spec.cpus))
@@ -51,6 +52,8 @@ def arguments(plan: Plan, kernel: Path, cmdline: str, fds: Mapping[str, int]) ->
     if not plan.agent:
         yield "-S"  # it may be over before we listen (``Control.hold``)
     yield from _streams(plan, fds)
+    if "log" in fds:
+        yield from ("-d", "cpu_reset", "-D", f"/proc/self/fd/{fds['log']}")
     yield from _device(plan, "virtio-rng")
     for index, disk in enumerate(plan.disks):
         yield from _disk(plan, index, disk)

@@ -5,10 +5,12 @@
     start ──► QEMU ◄── socket pairs ──► agent          the caller's
                                         serial, debug  event loop ──► Console
                                         qmp            QMP thread ──► why it ended
+             ── pipe ──► log of resets                 event loop ──► FaultLog (TCG)
     QEMU ends ──► _settle: what is left to read is read, then the ending is judged
 
-How it ended, the first that holds: we stopped it; a panic; QEMU's own word for it (QMP, SHUTDOWN); the
-debug exit port, which is QEMU's exit code; else QEMU failed, and its last words say why.
+How it ended, the first that holds: we stopped it; a panic; a triple fault, or resets without end; QEMU's
+own word for it (QMP, SHUTDOWN); the debug exit port, which is QEMU's exit code; else QEMU failed, and its
+last words say why.
 """
 
 from __future__ import annotations
@@ -17,20 +19,24 @@ import os
 import socket
 import threading
 from contextlib import ExitStack
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from hostel.boot import elf, image
+from hostel.boot.fits import check_fits
 from hostel.boot.source import Source
 from hostel.console import Console
-from hostel.errors import MachineStopped
+from hostel.errors import HostError, MachineStopped
 from hostel.host import toolbox
 from hostel.host.process import GRACE, Helper
+from hostel.memory import GuestMemory
 from hostel.plan import Ending, EndingKind, Plan
 from hostel.vmm.loop import EventLoop
 
 from . import command, tsc
 from .control import Control
+from .fault import SOON, FaultLog, ResetLoop
 from .stream import ConsoleStream
 
 REASONS: dict[str, EndingKind] = {
@@ -39,6 +45,8 @@ REASONS: dict[str, EndingKind] = {
     "guest-panic": "panic",
 }
 """Of a SHUTDOWN event (QEMU QMP reference, ShutdownCause)."""
+NO_MEMORY = ("backing store for guest RAM", "set up guest memory", "phys-bits too low")
+"""What QEMU says where the host has no room for a guest's memory, or its processor no addresses."""
 NOTE_PVH = 18  # XEN_ELFNOTE_PHYS32_ENTRY
 
 
@@ -57,6 +65,10 @@ class QemuEngine:
         self._stopping = False
         self._resets = 0
         """Its firmware adds some of its own to each of the guest's."""
+        self._crash = ""
+        """Why the guest could not go on, if it could not."""
+        self._reset_loop = ResetLoop()
+        self._log: FaultLog | None = None
         self._helper: Helper | None = None
         self._agent: socket.socket | None = None
         self._agent_is_taken = False
@@ -86,7 +98,7 @@ class QemuEngine:
             self._settled.wait()
             if self._stopping:
                 raise MachineStopped("this machine has been stopped")
-            raise self._helper.failure()
+            raise self._failure(self._helper)
         self._pin()
 
     def wait(self, timeout: float | None = None) -> Ending | None:
@@ -115,6 +127,8 @@ class QemuEngine:
 
     def _power_on(self) -> Helper:
         """QEMU first; all else while it starts."""
+        cmdline = self._cmdline()
+        self._check_memory(cmdline)
         qemu, kernel = toolbox.find_qemu(), self._kernel()
         ours, theirs = {}, {}
         for name in command.streams(self.plan):
@@ -123,7 +137,9 @@ class QemuEngine:
             self._undo.callback(self._close_agent if name == "agent" else ours[name].close)
         self._agent = ours.get("agent")
         fds = {name: end.fileno() for name, end in theirs.items()}
-        argv = command.arguments(self.plan, kernel, self._cmdline(), fds)
+        if log := self._open_log():
+            fds["log"] = log[1].fileno()
+        argv = command.arguments(self.plan, kernel, cmdline, fds)
         helper = Helper(
             "qemu",
             [qemu, *argv],
@@ -134,7 +150,21 @@ class QemuEngine:
         for end in theirs.values():
             end.close()
         self._attach(ours)
+        if log:
+            log[1].close()
+            self._log = FaultLog(self._loop, log[0], self._met_triple_fault)
+            self._undo.callback(self._log.close)
         return helper
+
+    def _open_log(self) -> tuple[FileIO, FileIO] | None:
+        """Both ends of a pipe, where the log says what QMP does not."""
+        if self.plan.accel != "tcg":
+            return None
+        ends = os.pipe2(os.O_CLOEXEC)
+        read, write = FileIO(ends[0], "r"), FileIO(ends[1], "w")
+        self._undo.callback(read.close)
+        self._undo.callback(write.close)
+        return read, write
 
     def _attach(self, ends: dict[str, socket.socket]) -> None:
         from hostel.monitor.panic import PanicWatch  # with the whole monitor: not before QEMU runs
@@ -170,7 +200,30 @@ class QemuEngine:
     def _cmdline(self) -> str:
         """What the caller appended stays last: the last word counts."""
         rate = tsc.frequency_khz() if self.plan.accel == "tcg" else None
-        return f"tsc_early_khz={rate} {self.plan.cmdline}" if rate else self.plan.cmdline
+        words = [f"tsc_early_khz={rate}"] if rate else []
+        if self.plan.spec.transport == "mmio":
+            # microvm is hardware-reduced ACPI: there Linux asks EFI, and without one reboots by a triple
+            # fault, which is a crash; its reset register works.
+            words.append("reboot=a")
+        return " ".join([*words, self.plan.cmdline])
+
+    def _check_memory(self, cmdline: str) -> None:
+        """What QEMU would leave to the guest to find out, or say in its own words."""
+        plan = self.plan
+        with image.open_kernel(plan.kernel) as kernel:
+            check_fits(kernel, cmdline=cmdline, initrd=plan.initrd, memory=plan.spec.memory)
+        if plan.spec.hugepages:
+            GuestMemory(plan.spec.memory, hugepages=True).close()
+
+    def _failure(self, helper: Helper) -> HostError:
+        error = helper.failure()
+        if not any(words in error.message for words in NO_MEMORY):
+            return error
+        return HostError(
+            f"{self.plan.spec.memory >> 20} MiB of guest memory is more than this host gives a guest:"
+            f" {error.message}",
+            cure="ask for less",
+        )
 
     def _check_pins(self) -> None:
         if self.plan.spec.pin:
@@ -195,11 +248,23 @@ class QemuEngine:
     def _was_reset(self) -> None:
         """The machine started again by itself, as it should, unless a panic did it."""
         self._drain()
+        self._reset_loop.reset()
         if self._panic.message:
             self._halted_in_panic()
+        elif self._reset_loop.endless:
+            times = f"{self._reset_loop.count} times in a row"
+            self._crashed(f"the guest reset itself {times}, each within {SOON:g} s of its start")
         else:
             self._resets += 1
             self._panic.power_on()
+
+    def _met_triple_fault(self) -> None:
+        self._crashed("triple fault")
+
+    def _crashed(self, why: str) -> None:
+        assert self._helper is not None
+        self._crash = self._crash or why
+        self._helper.kill()
 
     def _halted_in_panic(self) -> None:
         assert self._helper is not None
@@ -215,6 +280,8 @@ class QemuEngine:
     def _drain(self) -> None:
         for stream in self._streams:
             stream.drain()
+        if self._log:
+            self._log.drain()
 
     # -- the end ------------------------------------------------------------------------------
 
@@ -229,6 +296,8 @@ class QemuEngine:
             return
         self._control.ended()
         self._loop.run_sync(self._drain)
+        if self._log and self._log.ends_in_fault():
+            self._met_triple_fault()
         self._finish(self._judge(helper))
 
     def _judge(self, helper: Helper) -> Ending:
@@ -238,6 +307,8 @@ class QemuEngine:
             return Ending("stopped")
         if kind == "panic" or (kind == "reset" and message):
             return Ending("panic", message)
+        if self._crash:
+            return Ending("crash", self._crash)
         if kind is not None:
             return Ending(kind)
         code = helper.wait(0) or 0
