@@ -113,8 +113,9 @@ def test_restart_stays_one_machine(make: Make) -> None:
     assert engine.statistics()["resets"] >= 1
 
 
-def test_panic_is_no_restart(make: Make) -> None:
-    engine = make("panic once", spec={"on_reboot": "restart"})
+@pytest.mark.parametrize("cmdline", ["panic once", "panic fault"])
+def test_panic_is_no_restart(make: Make, cmdline: str) -> None:
+    engine = make(cmdline, spec={"on_reboot": "restart"})
     engine.start()
     ending = engine.wait(SECONDS)
     assert ending is not None

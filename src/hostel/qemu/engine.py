@@ -305,7 +305,7 @@ class QemuEngine:
         kind = REASONS.get(self._reason)
         if self._stopping:
             return Ending("stopped")
-        if kind == "panic" or (kind == "reset" and message):
+        if kind == "panic" or (message and (kind == "reset" or self._crash)):
             return Ending("panic", message)
         if self._crash:
             return Ending("crash", self._crash)
