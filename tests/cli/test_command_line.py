@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -30,6 +31,46 @@ def test_version_imports_nothing_heavy() -> None:
     argv = [os.path.dirname(HOSTEL) + "/python", "-c", program]
     result = subprocess.run(argv, capture_output=True, text=True, check=True)
     assert result.stdout == f"hostel {VERSION}\n\n"
+
+
+@pytest.mark.parametrize(
+    ("moment", "code"), [("click", -signal.SIGINT), ("hostel.cli.doctor", 128 + signal.SIGINT)]
+)
+def test_interrupt_during_an_import(moment: str, code: int) -> None:
+    """Ctrl-C at the moment when a module is looked for."""
+    program = f"""
+import os, signal, sys
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == {moment!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+sys.argv[1:] = ["doctor"]
+from hostel.cli import main
+sys.exit(main())
+"""
+    python = str(Path(HOSTEL).with_name("python"))
+    result = subprocess.run([python, "-c", program], capture_output=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (code, b"", b"")
+
+
+def test_nothing_interrupts_the_clean_up() -> None:
+    from hostel.cli.signals import Signals
+
+    cleaned = []
+
+    def work() -> None:
+        with Signals(timeout=None, stop_timeout=1.0):
+            try:
+                signal.raise_signal(signal.SIGINT)
+            finally:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGTERM)
+                cleaned.append("all")
+
+    with pytest.raises(entry.EndedBySignal):
+        work()
+    assert cleaned == ["all"]
 
 
 def test_python_m_hostel() -> None:
@@ -59,6 +100,7 @@ USAGE = [
     (["xyzzy"], "no verb 'xyzzy'; see `hostel --help`"),
     (["kernel", "lss"], "no verb 'lss'; did you mean ls?"),
     (["run", "--memroy", "1G", "true"], "no option --memroy; did you mean --memory?"),
+    (["run", "--bogus", "true"], "no option --bogus; see `hostel run --help`"),
     (["run", "--cpus"], "'--cpus' requires an argument"),
     (["run", "--cpus", "many", "true"], "'many' is not a valid integer"),
     (["run", "--cpus", "0", "true"], "cpus must be 1 to 32, not 0"),

@@ -194,7 +194,9 @@ def test_second_interrupt_forces_the_end() -> None:
 def test_interrupt_during_the_boot() -> None:
     with started("true") as process:
         time.sleep(1.0)
-        process.send_signal(signal.SIGINT)
+        for _ in range(5):  # an impatient person
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.02)
         assert process.wait(20) == 130
         assert process.communicate() == (b"", b"")
 
@@ -222,6 +224,20 @@ def test_reader_that_leaves(hostel: Hostel) -> None:
     )
     assert result.stdout == b"y\n141\n"
     assert result.stderr == b""
+
+
+def test_output_on_a_full_disk() -> None:
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run(
+            [HOSTEL, "run", "-q", "--", "seq", "1", "5"],
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    assert result.returncode == 125
+    assert result.stderr == b"hostel: cannot write to standard output: No space left on device\n"
 
 
 def test_dry_run_starts_nothing(hostel: Hostel) -> None:

@@ -45,6 +45,23 @@ def test_terminal_is_restored_when_hostel_is_told_to_end() -> None:
 
 
 @pytest.mark.qemu
+def test_three_interrupts_at_once_force_the_end() -> None:
+    script = "trap '' INT; stty -echo; echo rea''dy; while read line; do echo \"<$line>\"; done"
+    with person("run", "-q", "sh", "-c", script) as someone:
+        someone.expect(b"ready")
+        for keys in (b"\x03", b"\x03", b"x\x03", b"\x03\r"):  # four, but never three in a row
+            someone.type(keys)
+        someone.expect(b"<")
+        someone.expect(b">")
+        assert someone.process.poll() is None
+        for _ in range(3):
+            someone.type(b"\x03")
+            time.sleep(0.1)
+        assert someone.end() == 128 + signal.SIGINT
+        assert someone.restored
+
+
+@pytest.mark.qemu
 def test_no_command_is_a_shell_and_progress_goes_away() -> None:
     with person("run", "-e", "HOME=/nonexistent") as someone:
         someone.expect(b"engine ")

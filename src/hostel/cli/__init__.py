@@ -9,13 +9,21 @@ import sys
 
 
 def main() -> int:
-    """The entry point of the ``hostel`` command; returns the exit code."""
+    """The entry point of the ``hostel`` command; returns the exit code.
+
+    Until the command line can clean up, Ctrl-C just ends it: Python's own handler would show a traceback
+    of whatever is being imported.
+    """
     if sys.argv[1:] == ["--version"]:
         from hostel.version import VERSION
 
         with contextlib.suppress(OSError):  # the long way says what is wrong
             print(f"hostel {VERSION}", flush=True)
             return 0
+    import signal
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from .entry import command_line
 
     return command_line(sys.argv[1:])

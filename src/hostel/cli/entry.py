@@ -19,7 +19,7 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import click
 
@@ -100,10 +100,10 @@ def hostel(ctx: click.Context) -> None:
 def command_line(argv: Sequence[str]) -> int:
     """Run ``hostel argv…``; the exit code."""
     _open_streams()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # ignored, as under nohup(1): it stays so
-            signal.signal(number, _interrupt)
     code = _run(list(argv))
+    # Python's own end shows a traceback of an exception; a further Ctrl-C must not change the exit code.
+    _signals(_interrupt, signal.SIG_IGN, (signal.SIGINT,))
+    _signals(_interrupt, signal.SIG_DFL)
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -125,8 +125,19 @@ def _open_streams() -> None:
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
+def _signals(
+    before: object,
+    handler: Callable[[int, object], None] | signal.Handlers,
+    numbers: Sequence[int] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+) -> None:
+    """What is ignored, as under nohup(1), stays so."""
+    for number in numbers:
+        if signal.getsignal(number) is before:
+            signal.signal(number, handler)
+
+
 def _interrupt(number: int, _frame: object) -> None:
-    """Leave by the same door as Ctrl-C, so that every ``finally`` is run."""
+    """Leave by an exception, so that every ``finally`` is run."""
     raise EndedBySignal(number)
 
 
@@ -134,6 +145,7 @@ def _run(argv: list[str]) -> int:
     if _COMPLETE in os.environ:
         hostel.main(argv, prog_name="hostel", complete_var=_COMPLETE)
     try:
+        _signals(signal.SIG_DFL, _interrupt)
         # Not hostel.main(): it has exit codes of its own for Ctrl-C and for a closed pipe.
         with hostel.make_context("hostel", argv) as context:
             return int(hostel.invoke(context) or OK)
@@ -169,10 +181,18 @@ def _usage(error: click.ClickException) -> str:
     """click's words as one line of ours, with the command that helps."""
     message = error.format_message().rstrip(".")
     if isinstance(error, click.NoSuchOption):
-        message = f"no option {error.option_name}{meant(error.possibilities)}"
+        message = f"no option {error.option_name}{meant(_near(error))}"
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "hostel"
     return f"{message[:1].lower()}{message[1:]}; see `{path} --help`"
+
+
+def _near(error: click.NoSuchOption) -> list[str]:
+    """click's own measure also counts the dashes, and takes --verbose for near --bogus."""
+    from difflib import get_close_matches
+
+    names = {name.lstrip("-"): name for name in error.possibilities or ()}
+    return [names[name] for name in get_close_matches(error.option_name.lstrip("-"), names, 1, 0.7)]
 
 
 def _cannot_write(error: OSError) -> int:

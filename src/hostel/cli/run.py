@@ -110,7 +110,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     "--tty/--no-tty",
     "tty",
     default=None,
-    help="A terminal for CMD. [default: if input and output are terminals]",
+    help="A terminal for CMD; Ctrl-C three times within a second ends the machine. [default: if input "
+    "and output are terminals]",
 )
 @option(
     "Command",
@@ -287,11 +288,14 @@ class _Run:
                 cwd=self._cwd,
                 user=self._options.user or None,
                 tty=terminal.size() if self._tty else None,
-                stdin=terminal.STDIN if self._options.stdin else None,
+                stdin=self._options.stdin,
                 stdout=terminal.STDOUT,
                 stderr=terminal.STDERR,
             )
             signals.running(process)
+            if self._options.stdin:
+                raw = self._tty and os.isatty(terminal.STDIN)
+                process.pump_input(terminal.STDIN, signals.keys if raw else None)
             status = self._wait(process, signals)
         return status, time.monotonic() - begun
 

@@ -7,6 +7,8 @@
     running    passed on to the command; a second         the command's window
                Ctrl-C, and --stop-timeout after the       follows
                first TERM, HUP or QUIT, end it now
+               On a raw terminal: three Ctrl-C keys
+               within a second end it now
     ending     nothing: the machine stops within a deadline
 
 Rules:
@@ -23,10 +25,11 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hostel.errors import HostelError
 
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from hostel.guest.client import GuestProcess
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+CTRL_C = 3
 
 
 class Signals:
@@ -49,6 +53,7 @@ class Signals:
         self._handle: Callable[[int], None] = self._starting
         self._stopping = 0
         self._interrupts = 0
+        self._pressed: list[float] = []
         self._actions: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._before: dict[int, Any] = {}
         self._process: GuestProcess | None = None
@@ -85,12 +90,27 @@ class Signals:
         self._handle = lambda number: None
         self._actions.put(None)
 
+    def keys(self, data: bytes) -> None:
+        """What is typed on a raw terminal, where Ctrl-C is a key of the guest's: three of them at once,
+        and the command still there, force the end. Called by the thread that passes them on."""
+        now = time.monotonic()
+        for key in data:
+            self._pressed = [*self._pressed[-2:], now] if key == CTRL_C else []
+            if len(self._pressed) == 3 and now - self._pressed[0] <= 1.0:
+                self._interrupts = 1  # the next one is the second
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    def _end(self, number: int) -> NoReturn:
+        """Nothing may interrupt the clean-up that the exception begins."""
+        self.ending()
+        raise EndedBySignal(number)
+
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         self._handle(number)
 
     def _starting(self, number: int) -> None:
         if number in FORWARDED:
-            raise EndedBySignal(number)
+            self._end(number)
 
     def _pass_on(self, number: int) -> None:
         if number == signal.SIGWINCH:
@@ -100,7 +120,7 @@ class Signals:
         elif number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:
-                raise EndedBySignal(number)
+                self._end(number)
             self._signal(number)
         else:
             self._signal(number)
@@ -109,7 +129,7 @@ class Signals:
     def _alarm(self) -> None:
         """The command's time is over; or, if it was told to stop already, its time to do so."""
         if self._stopping:
-            raise EndedBySignal(self._stopping)
+            self._end(self._stopping)
         self.timed_out = True
         self._signal(signal.SIGTERM)
         self._stop_within(signal.SIGTERM)

@@ -281,9 +281,10 @@ class GuestProcess(Stream):
         self._unpumped = tuple(c for c in self._unpumped if c != channel)
         self._start_pump(lambda: self._pump_output(channel, fd), waited_for=True)
 
-    def pump_input(self, fd: int) -> None:
-        """Moves a file descriptor of the host to standard input, its end too."""
-        self._start_pump(lambda: self._pump_input(fd), waited_for=False)
+    def pump_input(self, fd: int, watch: Callable[[bytes], None] | None = None) -> None:
+        """Moves a file descriptor of the host to standard input, its end too. ``watch`` sees the bytes
+        first."""
+        self._start_pump(lambda: self._pump_input(fd, watch), waited_for=False)
 
     def _start_pump(self, work: Callable[[], None], *, waited_for: bool) -> None:
         thread = threading.Thread(target=work, name="hostel-pump", daemon=True)
@@ -309,13 +310,15 @@ class GuestProcess(Stream):
             name = "standard error" if channel is Channel.STDERR else "standard output"
             self._unwritten = HostError(f"cannot write to {name}: {error.strerror}")
 
-    def _pump_input(self, fd: int) -> None:
+    def _pump_input(self, fd: int, watch: Callable[[bytes], None] | None) -> None:
         """``_input_wake`` ends the wait for a terminal that stays silent after the command's end."""
         with self._changed:
             self._input_wake = wake = os.eventfd(0 if self._input_open else 1, os.EFD_CLOEXEC)
         try:
             with contextlib.suppress(HostelError):
                 while _wait_readable(fd, wake) and (data := _read_some(fd)):
+                    if watch:
+                        watch(data)
                     self.write(data)
                 self.close_stdin()
         finally:
