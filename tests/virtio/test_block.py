@@ -14,6 +14,7 @@ import pytest
 from hostel.abi import virtio as abi
 from hostel.errors import ImageError
 from hostel.virtio import blk_file
+from hostel.virtio import block as block_module
 from hostel.virtio.blk_file import DiskFile
 from hostel.virtio.block import RANGE_SECTORS, Block
 from virtio.rig import EVENT_INDEX, Driver, Rig, eventually, wait_fd
@@ -89,6 +90,14 @@ def test_config_space(disk: Disk) -> None:
     assert disk.driver.config(at["num_queues"], 2) == 1
 
 
+@pytest.fixture(params=["at once", "by workers"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small reads from the page cache need no worker; the others do."""
+    if request.param == "by workers":
+        monkeypatch.setattr(block_module, "AT_ONCE", 0)
+
+
+@pytest.mark.usefixtures("way")
 def test_read_and_write(disk: Disk, image: Path) -> None:
     content = bytearray(image.read_bytes())
     assert disk.read(3, 5 * 512) == (OK, bytes(content[3 * 512 : 8 * 512]))
@@ -228,6 +237,21 @@ def test_what_cannot_be_answered_needs_reset(
     assert disk.read(0, 512)[0] == OK
 
 
+def test_a_cached_read_needs_no_worker(
+    rig: Rig, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = image.read_bytes()
+    disk = disk_on(rig, Block(rig.loop, str(image), name="cached"))
+    device = disk.driver.device
+    assert isinstance(device, Block)
+    room = bytearray(512)
+    if not device.disk.read_cached([memoryview(room)], 0):
+        pytest.skip("this file system does not say what is cached (RWF_NOWAIT)")
+    monkeypatch.setattr(DiskFile, "read", lambda *_: pytest.fail("a worker was asked"))
+    assert disk.read(9, 4096) == (OK, content[9 * 512 : 9 * 512 + 4096])
+
+
+@pytest.mark.usefixtures("way")
 def test_many_requests_in_flight_on_several_queues(rig: Rig, image: Path) -> None:
     content = image.read_bytes()
     block = Block(rig.loop, str(image), name="mq", queues=3)

@@ -91,6 +91,13 @@ class DiskFile:
     def read(self, buffers: Sequence[memoryview], offset: int) -> None:
         _transfer(lambda parts, at: os.preadv(self.fd, parts, at), buffers, offset)
 
+    def read_cached(self, buffers: Sequence[memoryview], offset: int) -> bool:
+        """Read what the page cache holds, without waiting; ``False`` if not all of it is there."""
+        try:
+            return os.preadv(self.fd, buffers, offset, os.RWF_NOWAIT) == total(buffers)
+        except OSError:  # not cached, or the file system cannot say
+            return False
+
     def write(self, buffers: Sequence[memoryview], offset: int, *, through: bool = False) -> None:
         """``through``: on the medium before it returns."""
         flags = os.RWF_DSYNC if through else 0

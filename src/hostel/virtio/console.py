@@ -25,7 +25,7 @@ from hostel.abi import virtio as abi
 from hostel.vmm.loop import EventLoop
 
 from .plane import QueueDevice, ServedQueue
-from .queue import Chain, take, total
+from .queue import MAX_BUFFERS, Chain, take, total
 
 CONTROL_RECEIVE, CONTROL_TRANSMIT = 2, 3
 QUEUE_SIZE = 128
@@ -268,9 +268,12 @@ class Console(QueueDevice):
         return filled == len(chains)
 
     def _offered(self, queue: ServedQueue) -> list[Chain]:
+        """The next chains, as many as one ``readv`` can fill."""
         chains: list[Chain] = []
+        buffers = 0
         while len(chains) < READ_CHAINS and (chain := queue.pop()) is not None:
-            if chain.writable:
+            buffers += len(chain.writable)
+            if chain.writable and buffers <= MAX_BUFFERS:
                 chains.append(chain)
             elif chains:
                 queue.unpop()
