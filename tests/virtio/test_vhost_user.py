@@ -304,7 +304,9 @@ class Share:
         self.source.mkdir()
         (self.source / "hello").write_text("from the host\n")
         path = directory / "fs.sock"
-        command = [DAEMON, f"--socket-path={path}", "-o", f"source={self.source}"]
+        # It dies with us, however we end.
+        command = ["setpriv", "--pdeathsig", "KILL", DAEMON]
+        command += [f"--socket-path={path}", "-o", f"source={self.source}"]
         self.daemon = subprocess.Popen(
             [*map(str, command), "-o", "sandbox=chroot"], stderr=subprocess.DEVNULL
         )
