@@ -15,6 +15,12 @@ def test_nothing_is_mounted_over_the_root() -> None:
         MachineSpec(volumes=(Volume(source="/srv", target="/"),))
 
 
+@pytest.mark.parametrize("argv", ["echo hi", [], [""]])
+def test_no_machine_for_what_is_no_command(argv: list[str]) -> None:
+    with pytest.raises(hostel.SpecError):
+        hostel.run(argv, kernel="/nonexistent")
+
+
 def test_a_machine_that_was_not_started() -> None:
     machine = hostel.Machine()
     with pytest.raises(hostel.MachineStopped):

@@ -368,6 +368,9 @@ def run(
     **fields: Any,
 ) -> Result:
     """Run one command in a machine of its own. ``fields`` are those of ``MachineSpec``."""
+    from .guest.client import check_argv
+
+    check_argv(argv)
     with Machine(**{"on_reboot": "stop", **fields}) as machine:
         return machine.exec(argv, input=input, env=env, cwd=cwd, user=user, timeout=timeout)
 

@@ -125,10 +125,7 @@ class AgentClient:
         guest. ``stdin`` is True (``write``), False (``/dev/null``) or a file descriptor of the host;
         ``stdout`` and ``stderr`` are file descriptors that get the bytes, or None (``read``).
         ``login_env`` adds HOME, USER, LOGNAME and SHELL where ``env`` has none."""
-        if isinstance(argv, str | bytes):  # a sequence too, of one-letter words
-            raise SpecError("argv must be a list of strings, not a string")
-        if not argv or not argv[0]:
-            raise AgentError("no command was given")
+        check_argv(argv)
         flags = (ExecFlag.TTY if tty else 0) | (ExecFlag.LOGIN_ENV if login_env else 0)
         flags |= 0 if stdin is False else ExecFlag.STDIN
         size = tty or Tty(0, 0)
@@ -187,6 +184,14 @@ class AgentClient:
             if left is not None and left <= 0:
                 raise MachineTimeout(f"{what} within {timeout:g} s")
             self._changed.wait(left)
+
+
+def check_argv(argv: Sequence[str]) -> None:
+    """SpecError if it is no argument vector."""
+    if isinstance(argv, str | bytes):  # a sequence too, of one-letter words
+        raise SpecError("argv must be a list of strings, not a string")
+    if not argv or not argv[0]:
+        raise SpecError("no command was given")
 
 
 def _read_hello(payload: bytearray) -> Hello:
