@@ -45,10 +45,17 @@ def test_person_leaves_by_the_escape_key(kernel: str) -> None:
         assert someone.is_raw
         someone.type(b"\x03\x04a")
         someone.expect(b"\x03\x04a")
-        someone.type(b"f")  # a triple fault restarts it, as it does a PC
-        someone.expect(b"keys>")
         someone.type(b"b\x1d")
         assert someone.end() == 0
+        assert someone.restored
+
+
+def test_triple_fault(kernel: str) -> None:
+    with person("boot", "--engine", "qemu", "-m", "32M", "--kernel", kernel) as someone:
+        someone.expect(b"keys>")
+        someone.type(b"f")
+        someone.expect(b"the guest crashed: triple fault")
+        assert someone.end() == 125
         assert someone.restored
 
 

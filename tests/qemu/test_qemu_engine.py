@@ -139,7 +139,7 @@ def test_what_only_resets_ends(make: Make) -> None:
     assert ending is not None
     assert ending.kind == "crash"
     assert "reset itself 10 times in a row" in ending.detail
-    assert engine.console.history().count(b"hello") >= 4
+    assert engine.console.history().count(b"hello") >= 2  # it did start again
 
 
 def test_stop_leaves_nothing(make: Make) -> None:
