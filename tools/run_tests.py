@@ -21,6 +21,7 @@ PYTEST = [str(TOP / ".venv/bin/python"), "-m", "pytest", "--color=no"]
 NO_TESTS = 5
 """pytest's exit code for a selection that is empty (an argument may name tests of one run only)."""
 TESTBED_FAILED = 125
+TESTBED_TRIES = 3
 SLOW = "--timeout=1200"
 """Seconds a test may take in the testbed, an emulated CPU: several times what it may take here."""
 IN_TESTBED = [str(TOP / "dev"), "testbed", "--", *PYTEST, SLOW, "-m", "linux_kvm"]
@@ -68,9 +69,11 @@ def main() -> int:
     runs = [run("here", [*PYTEST, *here, *arguments])]
     if testbed := testbed_command(arguments):
         runs.append(run("in the testbed: KVM with Linux", testbed))
-        if runs[-1][0] == TESTBED_FAILED:
+        for _ in range(TESTBED_TRIES - 1):
+            if runs[-1][0] != TESTBED_FAILED:
+                break
             print("dev: the testbed itself failed; once more", flush=True)
-            runs[-1] = run("in the testbed, second try", testbed)
+            runs[-1] = run("in the testbed, once more", testbed)
     total = sum((counts for _, counts in runs), Counter())
     total.pop("deselected", None)
     summary = ", ".join(f"{number} {what}" for what, number in total.items()) or "no tests ran"
