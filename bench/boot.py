@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -25,47 +24,21 @@ from typing import Any
 
 import click
 from _common import interleave, report, rows
+from _guest import DEADLINE, MARKER, at_user_space, build_init
 
 import hostel
 
-MARKER = b"user space is here"
 APPEND = "quiet 8250.nr_uarts=1 pci=noearly pmtmr=0"
 CMDLINE = f"console=ttyS0 panic=-1 cryptomgr.notests {APPEND}"
-DEADLINE = 180.0
 TRACING = Path("/sys/kernel/tracing")
 EVENTS = ("kvm_exit", "kvm_userspace_exit")
-
-INIT = f"""
-#include <sys/reboot.h>
-#include <unistd.h>
-int main(void)
-{{
-	(void)!write(1, "{MARKER.decode()}\\n", {len(MARKER) + 1});
-	pause();
-}}
-"""
 
 
 def first_line(argv: list[str]) -> float:
     """Seconds from the start of a process to the marker on its standard output."""
     start = time.perf_counter()
-    child = subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    signal.alarm(int(DEADLINE))
-    try:
-        assert child.stdout is not None
-        seen = b""
-        while MARKER not in seen:
-            data = os.read(child.stdout.fileno(), 4096)
-            if not data:
-                raise SystemExit(f"{argv[0]} ended: {child.communicate()[1].decode()} {seen!r}")
-            seen += data
+    with at_user_space(argv):
         return time.perf_counter() - start
-    finally:
-        signal.alarm(0)
-        child.kill()
-        child.communicate()
 
 
 def counted(argv: list[str]) -> dict[str, int] | None:
@@ -176,10 +149,8 @@ class Files:
         from hostel.host.kernels import find
 
         self._work = tempfile.TemporaryDirectory(prefix="hostel-bench-")
-        source, init, initrd = (Path(self._work.name, n) for n in ("init.c", "init", "initrd"))
-        source.write_text(INIT)
-        subprocess.run(["cc", "-static", "-Os", "-s", "-o", init, source], check=True)
-        initrd.write_bytes(archive(init.read_bytes(), {}))
+        initrd = Path(self._work.name, "initrd.cpio")
+        initrd.write_bytes(archive(build_init(), {}))
         self.kernel, self.initrd = str(find().image), str(initrd)
         self.elf = str(vmlinux_for(find().image))
         return self

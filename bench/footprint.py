@@ -13,14 +13,14 @@ from __future__ import annotations
 import gc
 import json
 import os
-import signal
 import subprocess
 import tempfile
 from pathlib import Path
 
 from _common import interleave, report, rows
+from _guest import DEADLINE, at_user_space
 
-from boot import DEADLINE, MARKER, Files, commands, here_or_in_testbed
+from boot import Files, commands, here_or_in_testbed
 
 MACHINES = 200
 SETTLED = 20
@@ -58,28 +58,14 @@ def private_kib(pid: int | str) -> int:
     return total
 
 
-def at_user_space(argv: list[str], seen: dict[str, dict[str, int]], name: str) -> float:
-    child = subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    signal.alarm(int(DEADLINE))
-    try:
-        assert child.stdout is not None
-        output = b""
-        while MARKER not in output:
-            data = os.read(child.stdout.fileno(), 4096)
-            if not data:
-                raise SystemExit(f"{argv[0]} ended: {output!r}")
-            output += data
+def measure(argv: list[str], seen: dict[str, dict[str, int]], name: str) -> float:
+    """Private MiB at user space; what else it holds goes into ``seen``."""
+    with at_user_space(argv) as pid:
         seen[name] = {
-            "threads": len(os.listdir(f"/proc/{child.pid}/task")),
-            "fds": len(os.listdir(f"/proc/{child.pid}/fd")),
+            "threads": len(os.listdir(f"/proc/{pid}/task")),
+            "fds": len(os.listdir(f"/proc/{pid}/fd")),
         }
-        return private_kib(child.pid) / 1024
-    finally:
-        signal.alarm(0)
-        child.kill()
-        child.communicate()
+        return private_kib(pid) / 1024
 
 
 def held() -> dict[str, int]:
@@ -138,8 +124,8 @@ def main() -> None:
         memfd = "memory-backend-memfd,id=ram,size=256M,share=on"
         qemu = [*qemu, "-object", memfd, "-machine", "memory-backend=ram"]
         work = {
-            "hostel_mib": lambda: at_user_space(hostel, seen, "hostel"),
-            "qemu_microvm_mib": lambda: at_user_space(qemu, seen, "qemu_microvm"),
+            "hostel_mib": lambda: measure(hostel, seen, "hostel"),
+            "qemu_microvm_mib": lambda: measure(qemu, seen, "qemu_microvm"),
         }
         table = rows(interleave(work, int(os.environ.get("BENCH_RUNS", "5"))))
     ratio = table["hostel_mib"]["median"] / table["qemu_microvm_mib"]["median"]

@@ -22,23 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from _common import interleave, ratio, report, rows
+from _guest import DEADLINE, at_user_space, build_init
 
 from hostel.boot.image import vmlinux_for
 from hostel.boot.initramfs import archive
 from hostel.machine import Machine
 from hostel.spec import MachineSpec
 
-MARKER = b"user space is here"
-DEADLINE = 120.0
 HOSTEL = [str(Path(sys.executable).with_name("hostel")), "run", "--engine", "qemu"]
-INIT = f"""
-#include <unistd.h>
-int main(void)
-{{
-	(void)!write(1, "{MARKER.decode()}\\n", {len(MARKER) + 1});
-	pause();
-}}
-"""
 
 
 def hostel() -> float:
@@ -57,18 +48,8 @@ def breakdown() -> Any:
 def user_space(argv: list[str]) -> float:
     """From the start of a QEMU to the marker on its serial console."""
     start = time.perf_counter()
-    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as qemu:
-        try:
-            assert qemu.stdout is not None
-            seen = b""
-            while MARKER not in seen:
-                data = os.read(qemu.stdout.fileno(), 4096)
-                if not data or time.perf_counter() - start > DEADLINE:
-                    raise SystemExit(f"QEMU never reached user space: {seen!r}")
-                seen += data
-            return time.perf_counter() - start
-        finally:
-            qemu.kill()
+    with at_user_space(argv):
+        return time.perf_counter() - start
 
 
 def peer(kernel: Path, initrd: Path, cmdline: str) -> list[str]:
@@ -80,21 +61,13 @@ def peer(kernel: Path, initrd: Path, cmdline: str) -> list[str]:
     ]
 
 
-def build_marker(work: Path) -> bytes:
-    (work / "marker.c").write_text(INIT)
-    command = ["cc", "-static", "-Os", "-s", "-o", str(work / "marker"), str(work / "marker.c")]
-    subprocess.run(command, check=True)
-    return (work / "marker").read_bytes()
-
-
 def main() -> None:
     runs = int(os.environ.get("BENCH_RUNS", "5"))
     plan = Machine(MachineSpec(engine="qemu")).plan
     assert plan.initrd is not None
     with tempfile.TemporaryDirectory(prefix="hostel-bench-") as folder:
-        work = Path(folder)
-        initrd = work / "initrd"  # hostel's own; a second archive puts another /init into it
-        initrd.write_bytes(plan.initrd.read_bytes() + archive(build_marker(work), {}))
+        initrd = Path(folder, "initrd")  # hostel's own; a second archive puts another /init into it
+        initrd.write_bytes(plan.initrd.read_bytes() + archive(build_init(), {}))
         timed = {
             "hostel_s": hostel,
             "qemu_s": lambda: user_space(peer(plan.kernel, initrd, plan.cmdline)),
