@@ -30,7 +30,6 @@ from .spec import MachineSpec
 
 if TYPE_CHECKING:
     from .guest.steps import Step
-    from .root import Served
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -60,10 +59,9 @@ def choose_engine(spec: MachineSpec) -> Choice:
 
 
 class Preparation(msgspec.Struct, frozen=True):
-    """A plan, what has to be served before it starts, and what the agent does once it has."""
+    """A plan, and what the agent does once the machine has started."""
 
     plan: Plan
-    served: tuple[Served, ...]
     steps: tuple[Step, ...]
 
 
@@ -106,7 +104,7 @@ def prepare(spec: MachineSpec, runtime: Path, *, qemu_args: tuple[str, ...] = ()
         qemu_args=qemu_args,
         notes=tuple(_notes(spec)),
     )
-    return Preparation(plan, served, tuple(root.guest_steps(spec, served, len(disks))))
+    return Preparation(plan, tuple(root.guest_steps(spec, served, len(disks))))
 
 
 def prepare_raw(spec: MachineSpec, runtime: Path) -> Plan:
