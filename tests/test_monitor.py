@@ -14,7 +14,8 @@ import pytest
 from guests.machine import PATIENCE, POWEROFF, RESET, SPIN, machine, planned, say
 from hostel.errors import HostelError, ImageError, MachineStopped, SpecError
 from hostel.monitor import Monitor
-from hostel.plan import Ending
+from hostel.plan import Drive, Ending
+from hostel.spec import Disk
 
 pytestmark = pytest.mark.kvm
 
@@ -361,11 +362,11 @@ def test_no_agent() -> None:
 
 
 def test_too_many_disks_for_the_transport(tmp_path: Path) -> None:
-    from hostel.spec import Disk
-
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(1 << 20))
     with planned(SPIN, transport="mmio") as plan:
-        many = msgspec.structs.replace(plan, disks=(Disk(path=str(disk), read_only=True),) * 15)
+        many = msgspec.structs.replace(
+            plan, disks=(Drive(Disk(path=str(disk), read_only=True)),) * 15
+        )
         with pytest.raises(HostelError, match="17 virtio devices; mmio has room for 16"):
             Monitor(many).start()

@@ -172,7 +172,7 @@ class Machine:
         ``timeout`` seconds for it."""
         with self._lock:
             if self._engine is not None and self._ending is None:
-                if self._hello and any(not disk.read_only for disk in self.plan.disks):
+                if self._hello and any(not drive.disk.read_only for drive in self.plan.disks):
                     self._shut_down(timeout)
                 self._ending = self._engine.wait(0) or Ending("stopped")
             self._undo.close()

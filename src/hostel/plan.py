@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from .console import Console
-from .spec import Disk, MachineSpec
+from .spec import Disk, Limits, MachineSpec
 
 AGENT_PORT = "hostel.agent"
 
@@ -29,6 +29,43 @@ class Share(msgspec.Struct, frozen=True):
 
     tag: str
     socket: Path
+
+
+class Drive(msgspec.Struct, frozen=True):
+    """A disk as an engine is to attach it.
+
+    ``socket``: engine kvm: a qemu-storage-daemon serves it there by vhost-user, else we do. Engine qemu
+    opens ``disk`` itself, whatever its format. ``disk.format`` and ``disk.plane`` are resolved.
+    """
+
+    disk: Disk
+    socket: Path | None = None
+
+
+class Interface(msgspec.Struct, frozen=True):
+    """A NIC as an engine is to make it: every name resolved, the host's side there already."""
+
+    model: Literal["virtio", "e1000"]
+    plane: Literal["python", "vhost", "vhost-user"]
+    backend: Literal["tap", "macvtap", "stream", "vhost-user"]
+    target: str
+    """A tap's name, a macvtap's ``/dev/tapN``, or the path of a socket: passt's stream of frames, each
+    with its length before it in 4 bytes, or a vhost-user-net backend's."""
+    mac: str
+    mtu: int = 0
+    """0: not announced."""
+    queues: int = 1
+    limits: Limits = Limits()
+    reason: str = ""
+    """Why this plane, for a person."""
+
+
+class Vsock(msgspec.Struct, frozen=True):
+    """The guest's address, and who serves it; ``directory`` is where the host's Unix sockets are."""
+
+    cid: int
+    plane: Literal["vhost", "python"]
+    directory: Path
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -43,7 +80,7 @@ class Plan(msgspec.Struct, frozen=True):
     release: str
     initrd: Path | None
     cmdline: str
-    disks: tuple[Disk, ...]
+    disks: tuple[Drive, ...]
     shares: tuple[Share, ...]
     runtime: Path
     """This machine's private directory for sockets and logs."""
@@ -53,6 +90,9 @@ class Plan(msgspec.Struct, frozen=True):
     """What runs the vCPUs of engine ``qemu``."""
     qemu_args: tuple[str, ...] = ()
     """Further arguments for engine ``qemu``: the testbed's server hardware."""
+    nics: tuple[Interface, ...] = ()
+    vsock: Vsock | None = None
+    balloon: bool = False
     notes: tuple[str, ...] = ()
     """What is allowed and still worth a word to the user."""
 

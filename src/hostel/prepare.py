@@ -25,7 +25,7 @@ from .errors import KvmError, SpecError
 from .host import kernels
 from .host.inputs import checked_disks, readable
 from .host.verdict import verdict
-from .plan import Plan, Share
+from .plan import Drive, Plan, Share
 from .spec import MachineSpec
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def prepare(spec: MachineSpec, runtime: Path, *, qemu_args: tuple[str, ...] = ()
             accel=choice.accel,
             append=spec.append,
         ),
-        disks=disks,
+        disks=tuple(Drive(disk) for disk in disks),
         shares=tuple(Share(s.tag, runtime / f"{s.tag}.sock") for s in served),
         runtime=runtime,
         accel=choice.accel,
@@ -119,7 +119,7 @@ def prepare_raw(spec: MachineSpec, runtime: Path) -> Plan:
         release=image.release,
         initrd=readable(spec.initrd, "initrd") if spec.initrd else None,
         cmdline=cmdline.build("boot", engine=choice.engine, accel=choice.accel, append=spec.append),
-        disks=checked_disks(spec.disks),
+        disks=tuple(Drive(disk) for disk in checked_disks(spec.disks)),
         shares=(),
         runtime=runtime,
         agent=False,

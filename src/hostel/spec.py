@@ -19,6 +19,9 @@ from .errors import SpecError
 
 EngineName = Literal["auto", "kvm", "qemu"]
 Transport = Literal["pci", "mmio"]
+DiskFormat = Literal["auto", "raw", "qcow2", "vmdk", "vhdx"]
+NetMode = Literal["nat", "isolated", "bridge", "tap", "macvtap", "user", "vhost-user"]
+NetPlane = Literal["auto", "python", "vhost", "vhost-user"]
 
 MAX_CPUS = 32
 MIN_MEMORY = 32 << 20
@@ -43,12 +46,74 @@ class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     pass
 
 
+class Rate(_Part, frozen=True):
+    """At most ``per_second``, on average; ``burst`` may come at once (0: what one second brings)."""
+
+    per_second: int
+    burst: int = 0
+
+
+class Limits(_Part, frozen=True):
+    """How fast a disk or a NIC may be, in both directions together; None: as fast as it can."""
+
+    bytes: Rate | None = None
+    operations: Rate | None = None
+    """Requests of a disk, packets of a NIC."""
+
+
 class Disk(_Part, frozen=True):
-    """One virtio-blk disk: a raw file or a block device on the host."""
+    """One virtio-blk disk: an image file or a block device on the host."""
 
     path: str
     read_only: bool = False
     serial: str = ""
+    format: DiskFormat = "auto"
+    """``auto``: raw, unless the file's header and its name both say otherwise: a guest may have written
+    the header of a raw image, with any file of the host as its base."""
+    overlay: bool = False
+    """Copy on write: the guest writes to a temporary layer, which goes with the machine."""
+    cache: Literal["writeback", "writethrough", "none", "unsafe"] = "writeback"
+    """``writethrough``: each write is safe when it completes; ``none``: past the host's page cache;
+    ``unsafe``: a flush does nothing."""
+    queues: int = 1
+    plane: Literal["auto", "python", "vhost-user"] = "auto"
+    """Who serves it: this process (raw only), or a qemu-storage-daemon."""
+    limits: Limits = Limits()
+
+
+class Nic(_Part, frozen=True):
+    """One network interface of the guest.
+
+    ``nat``, ``isolated``: on a bridge of hostel's own, which machines share by its name ``target``
+    (``default`` if empty); with the world behind it, or without. ``bridge``, ``tap``, ``macvtap``: the
+    host's interface ``target``. ``user``: no privileges needed (passt). ``vhost-user``: the process that
+    listens on the socket ``target``.
+    """
+
+    mode: NetMode = "nat"
+    target: str = ""
+    model: Literal["virtio", "e1000"] = "virtio"
+    plane: NetPlane = "auto"
+    mac: str = ""
+    address: str = ""
+    """IPv4 address in the guest, with or without ``/prefix``; empty: the network's choice."""
+    mtu: int = 0
+    queues: int = 1
+    """Pairs of them."""
+    allow: tuple[str, ...] | None = None
+    """The only destinations that the guest may reach: ``ADDRESS[/PREFIX]`` or a name, each with an
+    optional ``:PORT[/tcp|udp]``. None: all that the network reaches."""
+    limits: Limits = Limits()
+
+
+class Publish(_Part, frozen=True):
+    """A port of the host that leads to one of the guest."""
+
+    host: int
+    guest: int
+    address: str = ""
+    """The host's address it is reached at; empty: all."""
+    protocol: Literal["tcp", "udp"] = "tcp"
 
 
 class Volume(_Part, frozen=True):
@@ -57,6 +122,10 @@ class Volume(_Part, frozen=True):
     source: str
     target: str
     read_only: bool = False
+    cache: Literal["auto", "always", "none"] = "auto"
+    owner: str = ""
+    """``UID:GID`` on the guest's side that stands for the caller's own on the host; empty: as they are."""
+    server: Literal["auto", "virtiofsd", "python"] = "auto"
 
 
 class Root(_Part, frozen=True):
@@ -92,6 +161,12 @@ class MachineSpec(_Part, frozen=True):
     root: Root = Root()
     read_only: bool = False
     disks: tuple[Disk, ...] = ()
+    nics: tuple[Nic, ...] = ()
+    publish: tuple[Publish, ...] = ()
+    """On the first NIC."""
+    vsock: Literal["none", "auto", "vhost", "python"] = "none"
+    """A virtio-vsock device, and who serves it."""
+    balloon: bool = False
     volumes: tuple[Volume, ...] = ()
     tmpfs: tuple[str, ...] = ()
     hostname: str = ""

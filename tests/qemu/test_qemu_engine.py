@@ -25,7 +25,7 @@ from hostel.errors import (
     UserError,
 )
 from hostel.host.runtime import Runtime, sweep
-from hostel.plan import Ending, Plan
+from hostel.plan import Drive, Ending, Plan
 from hostel.qemu import QemuEngine, tsc
 from hostel.spec import Disk, MachineSpec
 
@@ -196,7 +196,7 @@ def test_killed_qemu_is_an_error_with_its_signal(make: Make) -> None:
 
 
 def test_disk_that_is_not_there(make: Make, tmp_path: Path) -> None:
-    engine = make(disks=(Disk(path=str(tmp_path / "none.img")),))
+    engine = make(disks=(Drive(Disk(path=str(tmp_path / "none.img"))),))
     with pytest.raises(HelperError, match=r"qemu ended with 1: .*none.img.*No such file"):
         engine.start()
     assert not engine.plan.runtime.joinpath("qemu.pid").exists()

@@ -118,7 +118,8 @@ def _rng(board: Board) -> VirtioDevice:
 def _disks(board: Board) -> Iterator[Callable[[], VirtioDevice]]:
     from hostel.virtio.block import Block
 
-    for index, disk in enumerate(board.plan.disks):
+    for index, drive in enumerate(board.plan.disks):
+        disk = drive.disk
         yield partial(
             Block,
             board.loop,

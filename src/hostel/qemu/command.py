@@ -55,8 +55,8 @@ def arguments(plan: Plan, kernel: Path, cmdline: str, fds: Mapping[str, int]) ->
     if "log" in fds:
         yield from ("-d", "cpu_reset", "-D", f"/proc/self/fd/{fds['log']}")
     yield from _device(plan, "virtio-rng")
-    for index, disk in enumerate(plan.disks):
-        yield from _disk(plan, index, disk)
+    for index, drive in enumerate(plan.disks):
+        yield from _disk(plan, index, drive.disk)
     for share in plan.shares:
         path = str(share.socket).replace(",", ",,")
         yield from ("-chardev", f"socket,id=fs-{share.tag},path={path}")

@@ -111,7 +111,7 @@ class QemuEngine:
             if self._helper is None:
                 self._finish(Ending("stopped"))
                 return
-        writable = any(not disk.read_only for disk in self.plan.disks)
+        writable = any(not drive.disk.read_only for drive in self.plan.disks)
         self._helper.stop(GRACE if writable else 0)
         self._settled.wait()
 
