@@ -52,6 +52,10 @@ class Rate(_Part, frozen=True):
     per_second: int
     burst: int = 0
 
+    def __post_init__(self) -> None:
+        if self.per_second < 1 or self.burst < 0:
+            raise SpecError(f"not a rate: {self.per_second} a second, burst {self.burst}")
+
 
 class Limits(_Part, frozen=True):
     """How fast a disk or a NIC may be, in both directions together; None: as fast as it can."""
