@@ -21,6 +21,8 @@ from collections.abc import Callable
 from hostel.spec import Limits, Rate
 
 Clock = Callable[[], float]
+_NOTHING = 1e-6
+"""Seconds: less is no debt but rounding, and shorter than any timer."""
 
 
 class TokenBucket:
@@ -41,7 +43,8 @@ class TokenBucket:
             earned = (now - self._then) * self.per_second
             self._tokens = min(self._tokens + earned, self.burst) - count
             self._then = now
-            return max(-self._tokens / self.per_second, 0.0)
+            wait = -self._tokens / self.per_second
+            return wait if wait > _NOTHING else 0.0
 
 
 class Limiter:
