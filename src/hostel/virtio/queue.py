@@ -275,3 +275,14 @@ def check_geometry(size: int, desc: int, avail: int, used: int) -> None:
         raise VirtqueueError(Fault.AVAIL_MISALIGNED, f"{avail:#x}")
     if used % abi.USED_ALIGN:
         raise VirtqueueError(Fault.USED_MISALIGNED, f"{used:#x}")
+
+
+def check_rings(memory: GuestMemory, size: int, desc: int, avail: int, used: int) -> None:
+    """What every ring has to be before another process or the kernel is told where it lies."""
+    check_geometry(size, desc, avail, used)
+    try:
+        memory.hva(desc, abi.DESC.size * size)
+        memory.hva(avail, 6 + 2 * size)
+        memory.hva(used, 6 + 8 * size)
+    except MemoryFault as error:
+        raise VirtqueueError(Fault.RING_OUTSIDE, error.message) from None

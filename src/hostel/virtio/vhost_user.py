@@ -23,12 +23,12 @@ from typing import Any
 
 from hostel.abi import vhost_user as abi
 from hostel.abi import virtio
-from hostel.errors import HelperError, MemoryFault
+from hostel.errors import HelperError
 from hostel.memory import GuestMemory
 from hostel.vmm.loop import EventLoop
 
 from .device import RING_FEATURES, QueueWiring, VirtioDevice
-from .queue import Fault, VirtqueueError, check_geometry
+from .queue import check_rings
 
 TIMEOUT = 10.0
 """Seconds that a backend has for an answer. Stopping a ring waits for the requests in it."""
@@ -237,7 +237,8 @@ class VhostUserDevice(VirtioDevice):
         with self._lock:
             self._require_alive()
             for wiring in queues:
-                _check(memory, wiring)
+                # The backend is handed nothing that is not a well-formed ring in guest memory.
+                check_rings(memory, wiring.size, wiring.desc, wiring.avail, wiring.used)
             self.frontend.set_features(features | 1 << abi.F_PROTOCOL_FEATURES)
             self.frontend.set_mem_table(memory)
             self._memory, self._wirings = memory, []
@@ -315,14 +316,3 @@ class VhostUserDevice(VirtioDevice):
             self._alive = False
             self._loop.remove(self.frontend.fileno())
             self.frontend.close()
-
-
-def _check(memory: GuestMemory, wiring: QueueWiring) -> None:
-    """The backend is handed nothing that is not a well-formed ring inside guest memory."""
-    check_geometry(wiring.size, wiring.desc, wiring.avail, wiring.used)
-    try:
-        memory.hva(wiring.desc, virtio.DESC.size * wiring.size)
-        memory.hva(wiring.avail, 6 + 2 * wiring.size)
-        memory.hva(wiring.used, 6 + 8 * wiring.size)
-    except MemoryFault as error:
-        raise VirtqueueError(Fault.RING_OUTSIDE, error.message) from None
