@@ -11,7 +11,7 @@ import pytest
 
 from hostel.abi import acpi as abi
 from hostel.boot import aml
-from hostel.boot.acpi import AcpiConfig, MmioDevice, build_tables, write_tables
+from hostel.boot.acpi import AcpiConfig, MmioDevice, PciPin, build_tables, write_tables
 from hostel.errors import SpecError
 from hostel.memory import GuestMemory
 from hostel.vmm import layout
@@ -21,6 +21,7 @@ FULL = AcpiConfig(
     mmio64=(8 << 30, layout.PCI_MMIO64_SIZE),
     rtc=True,
     i8042=True,
+    pci_pins=[PciPin(2, 16), PciPin(31, 23)],
     virtio_mmio=[
         MmioDevice(layout.VIRTIO_MMIO_START + index * 0x1000, 0x1000, gsi)
         for index, gsi in enumerate(layout.VIRTIO_MMIO_GSIS)
@@ -212,6 +213,9 @@ def test_the_dsdt_describes_the_machine(tmp_path: Path) -> None:
         "DWordMemory (ResourceProducer, PosDecode, MinFixed, MaxFixed, NonCacheable, ReadWrite"
         in text
     )
+    assert "WordIO (ResourceProducer, MinFixed, MaxFixed, PosDecode, EntireRange," in text
+    assert "0xC000, // Range Minimum 0xFFFF, // Range Maximum" in text
+    assert "Package (0x04) { 0x001FFFFF, Zero, Zero, 0x17 }" in text
     assert "0x0000000200000000, // Range Minimum 0x00000011FFFFFFFF, // Range Maximum" in text
     assert "Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive, ,, ) { 0x00000017, }" in text
     assert "Name (_S5" in text

@@ -48,6 +48,7 @@ class FakeVm:
         self.irqfds: dict[int, int] = {}
         self.routes: dict[int, Any] = {}
         self.limit = 1000
+        self.levels: dict[int, bool] = {}
 
     def ioeventfd(
         self,
@@ -82,7 +83,9 @@ class FakeVm:
     def create_vcpu(self, id: int) -> Vcpu:
         raise AssertionError("no vCPUs here")
 
-    def irq_line(self, gsi: int, level: bool) -> None: ...
+    def irq_line(self, gsi: int, level: bool) -> None:
+        self.levels[gsi] = level
+
     def signal_msi(self, message: MsiMessage) -> bool:
         return True
 
@@ -100,7 +103,8 @@ class Rig:
         self.kvm: Vm = vm or self.vm
         self.irqs = InterruptTable(self.kvm)
         self.mmio = Bus()
-        self.pci = PciBus(self.mmio)
+        self.ports = Bus()
+        self.pci = PciBus(self.mmio, ports=self.ports)
         self.mmio.add(layout.ECAM_START, layout.ECAM_SIZE, self.pci, "pci")
         self.loop.start()
         self._seats: list[VirtioPci | VirtioMmio] = []

@@ -41,6 +41,13 @@ class MmioDevice(msgspec.Struct, frozen=True):
     gsi: int
 
 
+class PciPin(msgspec.Struct, frozen=True):
+    """A PCI function that interrupts by a wire: its device number, and where its INTA# leads."""
+
+    device: int
+    gsi: int
+
+
 class AcpiConfig(msgspec.Struct, frozen=True):
     """What the tables describe."""
 
@@ -49,6 +56,7 @@ class AcpiConfig(msgspec.Struct, frozen=True):
     pci: bool = True
     mmio64: tuple[int, int] | None = None
     """The 64-bit PCI window: address and size."""
+    pci_pins: Sequence[PciPin] = ()
     com1: bool = True
     rtc: bool = False
     """Say that there is a CMOS RTC. A Linux with kvm-clock has a better one, and would spend some
@@ -268,14 +276,16 @@ def _processor(uid: int) -> bytes:
 
 
 def _pci_root(config: AcpiConfig) -> bytes:
-    """A PCI Express root bridge. No _PRT: every function interrupts by messages."""
+    """A PCI Express root bridge. Without a pin there is no _PRT: all functions interrupt by messages."""
     windows = [
         aml.bus_window(0, layout.ECAM_BUSES - 1),
+        aml.io_window(layout.PCI_IO_START, layout.PCI_IO_END - 1),
         aml.memory_window32(layout.PCI_MMIO32_START, layout.PCI_MMIO32_END - 1),
     ]
     if config.mmio64 is not None:
         start, size = config.mmio64
         windows.append(aml.memory_window64(start, start + size - 1))
+    routes = [aml.name("_PRT", aml.package(*map(_route, config.pci_pins)))]
     return _device(
         "PCI0",
         aml.eisa_id("PNP0A08"),
@@ -284,7 +294,14 @@ def _pci_root(config: AcpiConfig) -> bytes:
         aml.name("_CID", aml.eisa_id("PNP0A03")),
         aml.name("_SEG", aml.integer(0)),
         aml.name("_BBN", aml.integer(0)),
+        *(routes if config.pci_pins else ()),
     )
+
+
+def _route(pin: PciPin) -> bytes:
+    """§6.2.13: all functions of the device, INTA#, no link device, and so the GSI itself."""
+    entry = (pin.device << 16 | 0xFFFF, 0, 0, pin.gsi)
+    return aml.package(*map(aml.integer, entry))
 
 
 def _virtio_mmio(index: int, slot: MmioDevice) -> bytes:

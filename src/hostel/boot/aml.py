@@ -89,9 +89,12 @@ def _with_length(body: bytes) -> bytes:
 
 _END_TAG = b"\x79\0"
 """A checksum of 0 means: do not check."""
-_MEMORY_RANGE, _BUS_RANGE = 0, 2
+_MEMORY_RANGE, _IO_RANGE, _BUS_RANGE = 0, 1, 2
 _MIN_MAX_FIXED = 0x0C
 _READ_WRITE = 1
+_ENTIRE_RANGE = 3
+"""Every port, not only those that ISA cards decode (§6.4.3.5.5)."""
+_TYPE_SPECIFIC = {_MEMORY_RANGE: _READ_WRITE, _IO_RANGE: _ENTIRE_RANGE, _BUS_RANGE: 0}
 
 
 def resources(*descriptors: bytes) -> bytes:
@@ -124,6 +127,11 @@ def bus_window(first: int, last: int) -> bytes:
     return _window("H", _BUS_RANGE, first, last)
 
 
+def io_window(first: int, last: int) -> bytes:
+    """§6.4.3.5.3: the ports that a bridge passes on."""
+    return _window("H", _IO_RANGE, first, last)
+
+
 def memory_window32(first: int, last: int) -> bytes:
     """§6.4.3.5.2: what a bridge passes on; not cacheable."""
     return _window("I", _MEMORY_RANGE, first, last)
@@ -140,6 +148,5 @@ _WINDOW_TAGS = {"H": (0x88, 13), "I": (0x87, 23), "Q": (0x8A, 43)}
 
 def _window(number: str, kind: int, first: int, last: int) -> bytes:
     tag, length = _WINDOW_TAGS[number]
-    specific = _READ_WRITE if kind == _MEMORY_RANGE else 0
-    head = struct.pack("<BHBBB", tag, length, kind, _MIN_MAX_FIXED, specific)
+    head = struct.pack("<BHBBB", tag, length, kind, _MIN_MAX_FIXED, _TYPE_SPECIFIC[kind])
     return head + struct.pack(f"<5{number}", 0, first, last, 0, last - first + 1)

@@ -45,7 +45,7 @@ MAX_MMIO = len(layout.VIRTIO_MMIO_GSIS)
 def seat_on_pci(board: Board, undo: ExitStack) -> None:
     """The default: each device is a PCI function."""
     ecam = Ecam(board.vm)
-    board.pci = PciBus(board.mmio, ecam.memory, ecam.remove)
+    board.pci = PciBus(board.mmio, ecam.memory, ecam.remove, ports=board.ports)
     board.mmio.add(layout.ECAM_START, layout.ECAM_SIZE, board.pci, "pci")
     for make in _makers(board, MAX_PCI):
         device = make()

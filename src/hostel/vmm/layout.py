@@ -57,11 +57,15 @@ PORT_DEBUG_EXIT = 0xF4
 PORT_COM1 = 0x3F8
 PORT_ACPI_PM = 0x600
 PORT_RESET = 0xCF9
+PCI_IO_START = 0xC000
+PCI_IO_END = 0x1_0000
 
 # Global system interrupts: 0–23 are IOAPIC pins, the rest are messages.
 GSI_COM1 = 4
 GSI_RTC = 8
 GSI_SCI = 9
 VIRTIO_MMIO_GSIS = (5, 6, 7, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)
+PCI_GSIS = range(16, 24)
+"""For functions that interrupt by a wire. A machine has PCI or virtio-mmio, never both."""
 GSI_MSI_FIRST = 24
 GSI_COUNT = 1024

@@ -3,7 +3,7 @@
 ::
 
     ECAM + (device << 15 | function << 12 | register) ─► PciBus ─► PciFunction.config
-                                  COMMAND, BARs written ─► BAR ─► MMIO bus, at its address
+                                  COMMAND, BARs written ─► BAR ─► MMIO or port bus, at its address
 
 Rules:
 
@@ -17,6 +17,8 @@ Rules:
   reads must come here from now on says so with ``reads_exit``.
 * We are the firmware: each BAR has an address before the guest starts, and a kernel keeps it. A guest
   may move a BAR wherever it likes. Where somebody else is already, the BAR answers nowhere.
+* A function that interrupts by a wire (INTx) is given one: level-triggered, its own (``connect``); the
+  _PRT of the ACPI tables says which.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from hostel.abi import pci as abi
 from hostel.vmm.bus import Bus, Device
 
 from . import layout
+from .irq import Interrupt
 
 HOST_BRIDGE_ID = (0x1B36, 0x0008)
 """The generic host bridge that QEMU registered: no driver binds to it, and none is needed."""
@@ -40,13 +43,15 @@ def _nothing() -> None:
 
 
 class Bar:
-    """One memory BAR: where the guest put it, and whether it answers there."""
+    """One BAR: where the guest put it, and whether it answers there."""
 
-    def __init__(self, index: int, size: int, device: Device, *, wide: bool) -> None:
+    def __init__(self, index: int, size: int, device: Device, *, wide: bool, io: bool) -> None:
         self.index = index
         self.size = size
         self.device = device
         self.wide = wide
+        self.io = io
+        """In the ports' address space."""
         self.home = 0
         """The address that the firmware gave it."""
         self.mapped: int | None = None
@@ -56,6 +61,17 @@ class Bar:
     @property
     def register(self) -> int:
         return abi.BASE_ADDRESS_0 + 4 * self.index
+
+    @property
+    def width(self) -> int:
+        return 8 if self.wide else 4
+
+    @property
+    def flags(self) -> int:
+        """The register's read-only bits (PCI Local Bus 3.0 §6.2.5.1)."""
+        if self.io:
+            return abi.BASE_ADDRESS_SPACE_IO
+        return abi.BASE_ADDRESS_MEM_TYPE_64 if self.wide else 0
 
 
 class PciFunction:
@@ -75,8 +91,11 @@ class PciFunction:
         self.writable = bytearray(abi.CONFIG_SIZE)
         self.bars: dict[int, Bar] = {}
         self.mmio: Bus | None = None
+        self.ports: Bus | None = None
         self.reads_exit: Callable[[], None] = _nothing
         """Set by the bus."""
+        self._line: Interrupt | None = None
+        self._interrupting = False
         self._capabilities_end = abi.STD_HEADER_SIZEOF
         self._last_capability = abi.CAPABILITY_LIST
         self._put(abi.VENDOR_ID, 2, ids[0])
@@ -91,15 +110,22 @@ class PciFunction:
 
     # -- building -----------------------------------------------------------------------------
 
-    def add_bar(self, index: int, size: int, device: Device, *, wide: bool = False) -> Bar:
-        """A memory BAR of a power of two, at least 16 bytes; ``wide``: 64 bits, two registers."""
+    def add_bar(
+        self, index: int, size: int, device: Device, *, wide: bool = False, io: bool = False
+    ) -> Bar:
+        """A BAR of a power of two, at least 16 bytes; ``wide``: 64 bits, two registers; ``io``: ports."""
         if size < 16 or size & (size - 1):
             raise ValueError(f"a BAR of {size:#x} bytes")
-        bar = self.bars[index] = Bar(index, size, device, wide=wide)
-        width = 8 if wide else 4
-        self._put(bar.register, width, abi.BASE_ADDRESS_MEM_TYPE_64 if wide else 0)
-        self._allow(bar.register, (-size & (1 << 8 * width) - 1).to_bytes(width, "little"))
+        bar = self.bars[index] = Bar(index, size, device, wide=wide, io=io)
+        self._put(bar.register, bar.width, bar.flags)
+        self._allow(bar.register, (-size & (1 << 8 * bar.width) - 1).to_bytes(bar.width, "little"))
+        self.writable[abi.COMMAND] |= abi.COMMAND_IO * io
         return bar
+
+    def connect(self, line: Interrupt) -> None:
+        """Interrupt by this wire, as pin INTA#."""
+        self._line = line
+        self._put(abi.INTERRUPT_PIN, 1, 1)
 
     def add_capability(self, kind: int, body: bytes, writable: bytes = b"") -> int:
         """Append to the list; ``body`` follows the ID and the next pointer. Its offset."""
@@ -122,18 +148,16 @@ class PciFunction:
     def _allow(self, offset: int, mask: bytes) -> None:
         self.writable[offset : offset + len(mask)] = mask
 
-    def place(self, mmio: Bus, addresses: dict[int, int]) -> None:
+    def place(self, mmio: Bus, ports: Bus | None, addresses: dict[int, int]) -> None:
         """Sit on a bus; ``addresses`` are the firmware's, by BAR."""
-        self.mmio = mmio
+        self.mmio, self.ports = mmio, ports
         for index, address in addresses.items():
             self.bars[index].home = address
         self._send_bars_home()
 
     def _send_bars_home(self) -> None:
         for bar in self.bars.values():
-            width = 8 if bar.wide else 4
-            flags = abi.BASE_ADDRESS_MEM_TYPE_64 if bar.wide else 0
-            self._put(bar.register, width, bar.home | flags)
+            self._put(bar.register, bar.width, bar.home | bar.flags)
 
     # -- the guest's accesses -----------------------------------------------------------------
 
@@ -146,43 +170,63 @@ class PciFunction:
             self.config[at] = self.config[at] & ~mask | value & mask
         if offset < abi.STD_HEADER_SIZEOF:
             self._move_bars()
+            self._drive_line()
 
     @property
-    def _memory_enabled(self) -> bool:
-        return bool(self.config[abi.COMMAND] & abi.COMMAND_MEMORY)
+    def command(self) -> int:
+        return int.from_bytes(self.config[abi.COMMAND : abi.COMMAND + 2], "little")
 
     def _move_bars(self) -> None:
+        command = self.command
         for bar in self.bars.values():
-            width = 8 if bar.wide else 4
-            value = int.from_bytes(self.config[bar.register : bar.register + width], "little")
-            wanted = value & -bar.size if self._memory_enabled else None
+            enabled = command & (abi.COMMAND_IO if bar.io else abi.COMMAND_MEMORY)
+            register = self.config[bar.register : bar.register + bar.width]
+            value = int.from_bytes(register, "little")
+            wanted = value & -bar.size if enabled else None
             if wanted != bar.mapped:
                 self._map(bar, wanted)
 
     def _map(self, bar: Bar, address: int | None) -> None:
-        if self.mmio is None:
+        bus = self.ports if bar.io else self.mmio
+        if bus is None:
             return
         before = bar.mapped
         if before is not None:
-            self.mmio.remove(before)
+            bus.remove(before)
             bar.mapped = None
         if address is not None:
             try:
-                self.mmio.add(address, bar.size, bar.device, f"{self.name} bar {bar.index}")
+                bus.add(address, bar.size, bar.device, f"{self.name} bar {bar.index}")
                 bar.mapped = address
             except ValueError:  # the guest put it on top of another device: it answers nowhere
                 pass
         if bar.on_move is not None and before != bar.mapped:
             bar.on_move(before, bar.mapped)
 
+    # -- interrupts ---------------------------------------------------------------------------
+
+    def interrupt(self, level: bool) -> None:
+        """Drive INTA#. One thread at a time, and never while another writes the config space."""
+        self._interrupting = level
+        self._drive_line()
+
+    def _drive_line(self) -> None:
+        """The status bit says what the function wants, whether or not the wire may (§6.2.3)."""
+        if self._line is not None:
+            status = self.config[abi.STATUS] & ~abi.STATUS_INTERRUPT
+            self.config[abi.STATUS] = status | abi.STATUS_INTERRUPT * self._interrupting
+            self._line.set(self._interrupting and not self.command & abi.COMMAND_INTX_DISABLE)
+
     # -- life cycle ---------------------------------------------------------------------------
 
     def reset(self) -> None:
         """As after power-on, with the firmware's work done again."""
+        self._interrupting = False
         for at, mask in enumerate(self.writable):
             self.config[at] &= ~mask
         self._send_bars_home()
         self._move_bars()
+        self._drive_line()
 
     def close(self) -> None:
         for bar in self.bars.values():
@@ -205,7 +249,12 @@ class PciBus:
     """Bus 0 and its ECAM window: ``mmio.add(layout.ECAM_START, layout.ECAM_SIZE, pci, "pci")``."""
 
     def __init__(
-        self, mmio: Bus, ecam: memoryview | None = None, reads_exit: Callable[[], None] = _nothing
+        self,
+        mmio: Bus,
+        ecam: memoryview | None = None,
+        reads_exit: Callable[[], None] = _nothing,
+        *,
+        ports: Bus | None = None,
     ) -> None:
         self.functions: dict[int, PciFunction] = {}
         """By device number; every device has one function."""
@@ -214,7 +263,9 @@ class PciBus:
         self._reads_exit = reads_exit
         """Takes that memory away, so that reads come here."""
         self._mmio = mmio
+        self._ports = ports
         self._window = layout.PCI_MMIO32_START
+        self._io_window = layout.PCI_IO_START
         self._lock = threading.Lock()
         self.add(PciFunction("host bridge", ids=HOST_BRIDGE_ID, class_code=CLASS_HOST_BRIDGE))
 
@@ -224,7 +275,8 @@ class PciBus:
             number = len(self.functions)
             if number >= abi.DEVICES:
                 raise ValueError(f"no slot is left on the PCI bus for {function.name}")
-            function.place(self._mmio, {i: self._allocate(b) for i, b in function.bars.items()})
+            addresses = {index: self._allocate(bar) for index, bar in function.bars.items()}
+            function.place(self._mmio, self._ports, addresses)
             self._show(function, number * abi.FUNCTIONS * abi.CONFIG_SIZE)
             self.functions[number] = function
             return number
@@ -238,12 +290,21 @@ class PciBus:
 
     def _allocate(self, bar: Bar) -> int:
         """The next address of the 32-bit window, at least a page apart: each can be mapped alone."""
+        if bar.io:
+            return self._allocate_io(bar.size)
         size = max(bar.size, 4096)
         address = -(-self._window // size) * size
         if address + size > layout.PCI_MMIO32_END:
             raise ValueError(f"the PCI MMIO window has no {size:#x} bytes left")
         self._window = address + size
         return address
+
+    def _allocate_io(self, size: int) -> int:
+        port = -(-self._io_window // size) * size
+        if port + size > layout.PCI_IO_END:
+            raise ValueError(f"the PCI I/O window has no {size:#x} ports left")
+        self._io_window = port + size
+        return port
 
     def _find(self, offset: int) -> PciFunction | None:
         device, function = divmod(offset // abi.CONFIG_SIZE, abi.FUNCTIONS)
