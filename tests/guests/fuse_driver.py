@@ -100,6 +100,13 @@ class FuseDriver:
         found: int = struct.unpack_from("<Q", self.request(LOOKUP, node, name.encode() + b"\0"))[0]
         return found
 
+    def owner(self, path: str) -> tuple[int, int]:
+        """Uid and gid, as the guest is told."""
+        folder, _, name = path.rpartition("/")
+        entry = self.request(LOOKUP, self.walk(folder) if folder else ROOT, name.encode() + b"\0")
+        uid, gid = struct.unpack_from("<II", entry, 40 + 68)
+        return uid, gid
+
     def walk(self, path: str) -> int:
         node = ROOT
         for name in path.strip("/").split("/"):

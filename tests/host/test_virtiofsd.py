@@ -359,6 +359,9 @@ def test_guest_sees_what_the_caller_may_read_and_no_more(
         assert fs.read("file") == b"content"
         assert fs.read("grouped") == b"grouped"
         assert fs.read("own") == b"own"
+        assert fs.owner("file") == fs.owner("private") == (0, 0)
+        assert fs.owner("grouped") == (0, STRANGER + 1)
+        assert fs.owner("own") == (STRANGER, STRANGER)
         # as the guest's overlayfs opens it; the file is root's
         fs.open(fs.lookup(ROOT, "file"), os.O_RDONLY | os.O_NOATIME)
         for name in ("private", "closed/inner"):

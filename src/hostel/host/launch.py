@@ -1,4 +1,4 @@
-"""Runs a file system daemon where it can see one share and, if that is read-only, write nothing.
+"""Runs a file server where it can see one share and, if that is read-only, write nothing.
 
     python -IS launch.py PARENT PRELOAD SOURCE NAME STAGE ro|rw PROGRAM ARGUMENT…
 
@@ -7,24 +7,35 @@ A program of its own, not a module of ours: it imports next to nothing, for it r
 ::
 
     parent-death signal
-      → private mount namespace      (a user namespace around it if we may not make one otherwise)
+      → private mount namespace
       → SOURCE bound to STAGE, with all that is mounted below it
       → the host's live kernel interfaces below STAGE masked by empty directories
       → ro: every mount of the namespace read-only, STAGE among them
       → exec PROGRAM
 
-Read-only is a property of the mounts, which the daemon has no right to change after it dropped
-CAP_SYS_ADMIN: what a hostile guest makes of the daemon does not matter. The namespace is private, so
+Read-only is a property of the mounts, which the server has no right to change after it dropped
+CAP_SYS_ADMIN: what a hostile guest makes of the server does not matter. The namespace is private, so
 nothing that the host mounts later comes in, and it ends with its last process.
 
-In a user namespace one's own uid and gid are mapped to themselves, nothing else is: the files of
-others are shown as of ``nobody`` (65534), their permissions hold as before.
+An ordinary user may make a mount namespace inside a user namespace only, and there the files of others
+are shown as of ``nobody`` (65534). So a child goes in, makes the mounts, and hands out the root of its
+namespace as a descriptor; the server stays outside and works below that. Mounts, masks and read-only
+hold for whoever comes through the descriptor; owners are shown as they are outside. The server itself,
+which still has all that the caller may do, is confined by ``jail.py``. ::
+
+    launch.py ── fork ──► child: user and mount namespace, mounts, STAGE its root
+              ◄─ "/" and the namespace, as descriptors ──┘ ends
+      → jail → exec PROGRAM, its root that descriptor (openat.c)
 """
 
 import ctypes
 import os
 import resource
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+from hostel.host import jail
 
 CLONE_NEWNS = 0x20000
 CLONE_NEWUSER = 0x10000000
@@ -34,17 +45,12 @@ MOUNT_ATTR_RDONLY = 1
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 NR_MOUNT_SETATTR = 442  # the same on every architecture
 PR_SET_PDEATHSIG = 1
-PR_SET_SECCOMP = 22
-PR_SET_NO_NEW_PRIVS = 38
-PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE = 47, 2
-CAPABILITY_VERSION = 0x20080522
-# chown, dac_override, fowner, fsetid, setgid, setuid, mknod, setfcap: what virtiofsd keeps;
-# setpcap, sys_chroot: what it takes to get rid of the rest
-CAPABILITIES = (0, 1, 3, 4, 6, 7, 27, 31, 8, 18)
-SECCOMP_MODE_FILTER = 2
-IDENTITY_CALLS = (116, 117, 119)  # setgroups, setresuid, setresgid on x86-64
+NR_PIVOT_ROOT = 155  # this and the next line: x86-64
+IDENTITY_CALLS = (116, 117, 119)  # setgroups, setresuid, setresgid
+MNT_DETACH = 2
 SIGKILL = 9
 
+SYSTEM_DIRECTORIES = ("/etc", "/lib", "/lib64", "/proc", "/usr")
 KERNEL_DIRECTORIES = ("/dev", "/proc", "/run", "/sys")
 KERNEL_FILE_SYSTEMS = {
     "autofs", "binder", "binfmt_misc", "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "devpts",
@@ -53,23 +59,6 @@ KERNEL_FILE_SYSTEMS = {
 }  # fmt: skip
 
 libc = ctypes.CDLL(None, use_errno=True)
-
-
-class Filter(ctypes.Structure):
-    """``struct sock_filter``, linux/filter.h."""
-
-    _fields_ = [
-        ("code", ctypes.c_uint16),
-        ("jt", ctypes.c_uint8),
-        ("jf", ctypes.c_uint8),
-        ("k", ctypes.c_uint32),
-    ]
-
-
-class Program(ctypes.Structure):
-    """``struct sock_fprog``, linux/filter.h."""
-
-    _fields_ = [("length", ctypes.c_uint16), ("filter", ctypes.POINTER(Filter))]
 
 
 def fail(text: str) -> None:
@@ -89,10 +78,8 @@ def die_with(parent: int) -> None:
         sys.exit(1)
 
 
-def enter_namespace() -> bool:
-    """A mount namespace of our own. True if it took a user namespace to get one."""
-    if libc.unshare(CLONE_NEWNS) == 0:
-        return False
+def enter_namespace() -> None:
+    """A user namespace with the caller in it and nobody else, and a mount namespace of its own."""
     uid, gid = os.geteuid(), os.getegid()
     if libc.unshare(CLONE_NEWUSER | CLONE_NEWNS) < 0:
         fail(
@@ -107,7 +94,6 @@ def enter_namespace() -> bool:
     ):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
-    return True
 
 
 def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
@@ -176,36 +162,57 @@ def make_read_only() -> None:
     check(result, "cannot make the share read-only (needs Linux 5.12)")
 
 
-def keep_capabilities() -> None:
-    """Through exec, which for any uid but 0 keeps the ambient ones only (capabilities(7))."""
-    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
-    data = (ctypes.c_uint32 * 6)()
-    check(libc.capget(header, data), "capget")
-    data[2], data[5] = data[1], data[4]  # inheritable: all that is permitted
-    check(libc.capset(header, data), "capset")
-    for number in CAPABILITIES:
-        check(libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, number, 0, 0), "ambient")
+def make_mounts(source: str, name: str, stage: str, *, read_only: bool) -> None:
+    if libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None) < 0:
+        fail(f"private mounts: {os.strerror(ctypes.get_errno())}")
+    bind(source, name, stage)
+    mask(source, stage)
+    if read_only:
+        make_read_only()
 
 
-def stay_the_caller() -> None:
-    """Let the system calls that change who we are do nothing and succeed (seccomp(2)).
+def make_root(stage: str) -> None:
+    """``stage`` is all there is in this namespace (pivot_root(2), "pivot_root(".", ".")")."""
+    os.chdir(stage)
+    check(libc.syscall(NR_PIVOT_ROOT, b".", b"."), "pivot_root")
+    check(libc.umount2(b".", MNT_DETACH), "leave the old root")
+    os.chdir("/")
 
-    In this user namespace there is nobody else to be, and groups cannot be dropped; but virtiofsd ends
-    if it may not drop them, and refuses to make a file for a user of the guest that it cannot become.
-    So what any user of the guest makes is the caller's. Their groups' files show as nobody's, and the guest's
-    own check refuses them.
+
+def mounts_of_a_child(source: str, name: str, stage: str, *, read_only: bool) -> int:
+    """The share's root, from a mount namespace that lasts as long as this process and what it execs."""
+    import socket
+
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if not pid:
+        die_with(os.getppid())
+        enter_namespace()
+        make_mounts(source, name, stage, read_only=read_only)
+        namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY)
+        make_root(stage)
+        root = os.open("/", os.O_PATH | os.O_DIRECTORY)
+        socket.send_fds(theirs, [b"."], [root, namespace])
+        os._exit(0)
+    theirs.close()
+    _, found, _, _ = socket.recv_fds(ours, 1, 2)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code or len(found) != 2:
+        os._exit(code or 1)  # the child has said why
+    ours.close()
+    for fd in found:
+        os.set_inheritable(fd, True)
+    return found[0]
+
+
+def stay_outside(root: int, preload: int, *, read_only: bool) -> None:
+    """virtiofsd as the caller, with what it would do to itself as root made to do nothing.
+
+    It ends if it may not drop its groups, and refuses to make a file for a user of the guest that it cannot
+    become. So what any user of the guest makes is the caller's.
     """
-    load_number, if_equal, give = 0x20, 0x15, 0x06
-    allow, succeed = 0x7FFF0000, 0x00050000
-    program = [(load_number, 0, 0, 0)]
-    for left, number in enumerate(IDENTITY_CALLS):
-        program.append((if_equal, len(IDENTITY_CALLS) - left, 0, number))
-    program += [(give, 0, 0, allow), (give, 0, 0, succeed)]
-    instructions = (Filter * len(program))(*(Filter(*entry) for entry in program))
-    header = Program(len(program), instructions)
-    check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    result = libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(header), 0, 0)
-    check(result, "seccomp")
+    jail.confine(root, read_only=read_only, readable=(*SYSTEM_DIRECTORIES, preload))
+    jail.pretend(IDENTITY_CALLS)
 
 
 def raise_file_limit() -> None:
@@ -224,22 +231,18 @@ def main() -> None:
     parent, (preload, source, name, stage, mode, *command) = int(sys.argv[1]), sys.argv[2:]
     die_with(parent)
     try:
-        in_user_namespace = enter_namespace()
-        if libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None) < 0:
-            fail(f"private mounts: {os.strerror(ctypes.get_errno())}")
-        bind(source, name, stage)
-        mask(source, stage)
-        if mode == "ro":
-            make_read_only()
         raise_file_limit()
-        if in_user_namespace:
-            keep_capabilities()
-            stay_the_caller()
+        library = os.open(preload, os.O_RDONLY) if preload else -1
+        if libc.unshare(CLONE_NEWNS) == 0:
+            make_mounts(source, name, stage, read_only=mode == "ro")
+        else:
+            root = mounts_of_a_child(source, name, stage, read_only=mode == "ro")
+            stay_outside(root, library, read_only=mode == "ro")
+            os.environ["HOSTEL_SHARE"] = str(root)
         die_with(parent)
-        if preload:
-            fd = os.open(preload, os.O_RDONLY)  # by number: a path may hold blanks and colons
-            os.set_inheritable(fd, True)
-            os.environ["LD_PRELOAD"] = f"/proc/self/fd/{fd}"
+        if preload:  # by number: a path may hold blanks and colons
+            os.set_inheritable(library, True)
+            os.environ["LD_PRELOAD"] = f"/proc/self/fd/{library}"
         os.execv(command[0], command)
     except OSError as error:
         fail(f"{error.filename or source}: {error.strerror}")

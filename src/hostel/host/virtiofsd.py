@@ -141,7 +141,8 @@ def _options(program: str, stage: Path, fd: int, *, read_only: bool) -> list[str
     # its limit of open files is as high as it may be already
     common = [f"--fd={fd}", f"--thread-pool-size={THREADS}", "--rlimit-nofile=0"]
     if program == C_VERSION:
-        settings = f"source={stage},cache={cache},sandbox=chroot,no_xattr,no_posix_lock,no_flock"
+        place = stage if os.geteuid() == 0 else "/"  # anyone else: see openat.c
+        settings = f"source={place},cache={cache},sandbox=chroot,no_xattr,no_posix_lock,no_flock"
         return ["-f", *common, "-o", settings, "-o", "log_level=err"]
     sandbox = "chroot" if os.geteuid() == 0 else "none"  # chroot is refused to anyone but uid 0
     return [
