@@ -212,3 +212,22 @@ def test_a_file_shared_with_the_kernel_goes_with_its_last_view(tmp_path: Path) -
     assert str(path) in Path("/proc/self/maps").read_text()
     del piece
     assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+def test_discarded_pages_are_zeros_and_no_longer_the_hosts() -> None:
+    with GuestMemory(8 << 20, low_end=4 << 20) as memory:
+        for page in range(1024):
+            memory.write(page * PAGE, b"used")
+        before = memory.allocated
+        views = [
+            memory.view(start, size) for start, size in ((PAGE, PAGE), (3 * PAGE - 1, 2 * PAGE))
+        ]
+        overlapping = [memory.view(2 << 20, 1 << 20), memory.view((2 << 20) + PAGE, 1 << 20)]
+        given = memory.discard([*overlapping, *views, memory.view(0, PAGE - 1)])
+        assert given == 2 * PAGE + (1 << 20) + PAGE
+        assert [page for page in range(8) if not any(memory.read(page * PAGE, 4))] == [1, 3]
+        assert (
+            before - memory.allocated >= given - 2 * PAGE
+        )  # of a huge page that was split, perhaps
+    with pytest.raises(MachineStopped):
+        memory.discard([])

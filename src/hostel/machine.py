@@ -36,9 +36,10 @@ from .errors import (
     HostelError,
     MachineStopped,
     MachineTimeout,
+    UserError,
 )
-from .plan import Ending, Engine, Plan
-from .spec import MachineSpec
+from .plan import Balloon, Ending, Engine, Plan
+from .spec import MIN_MEMORY, MachineSpec, parse_size
 
 if TYPE_CHECKING:
     from .console import Console
@@ -280,6 +281,14 @@ class Machine:
         self.wait_ready()
         copy_out(self._running()[0], source, Path(target))
 
+    def balloon(self, size: int | str | None = None) -> Balloon:
+        """The guest's memory now. With ``size`` (bytes, or such as ``"256M"``) it is asked to make do with
+        that much; it does so in its own time, and not where it cannot."""
+        target = check_target(self.spec, size)
+        self.wait_ready()
+        assert self._engine is not None
+        return self._engine.balloon(target)
+
     # -- what can be seen ------------------------------------------------------------------------
 
     @property
@@ -345,6 +354,21 @@ class Machine:
 
     def _directory(self) -> str:
         return os.getcwd() if self.spec.root.kind == "host" else "/"
+
+
+def check_target(spec: MachineSpec, size: int | str | None) -> int | None:
+    """A balloon's target in bytes."""
+    if not spec.balloon:
+        raise UserError("the machine has no balloon", cure="start it with balloon=True")
+    if size is None:
+        return None
+    target = parse_size(size) if isinstance(size, str) else size
+    if not MIN_MEMORY <= target <= spec.memory:
+        raise UserError(
+            f"a machine with {spec.memory >> 20}M can be {MIN_MEMORY >> 20}M to {spec.memory >> 20}M large,"
+            f" not {target >> 20}M"
+        )
+    return target
 
 
 def explain_ending(ending: Ending, console: Console) -> HostelError:

@@ -12,6 +12,10 @@ vhost-user process (by file descriptor and offset): a ``Region`` carries all thr
 Every access from Python goes through ``view``: an address from the guest that is not wholly inside
 one region raises ``MemoryFault`` and touches nothing.
 
+What the guest gives up goes back to the host by ``discard``: holes in the file, so that the pages leave
+every mapping of it, a vhost-user process's too. Nothing that hostel attaches pins guest memory; a device
+that did (passthrough) would keep the old pages, and then nothing may be discarded.
+
 Lifetime: a view keeps the mapping alive, so ``close`` is safe while views are about: it ends all
 access through this object and closes the file descriptor; the pages go with the last view.
 """
@@ -22,6 +26,7 @@ import ctypes
 import fcntl
 import os
 import weakref
+from collections.abc import Iterable
 from struct import Struct
 from types import TracebackType
 
@@ -35,6 +40,7 @@ HUGE_PAGE = 2 << 20
 _PROT_NONE, _PROT_READ_WRITE = 0, 3
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 1, 2, 0x10, 0x20, 0x4000
 _MADV_HUGEPAGE, _MADV_DONTDUMP = 14, 16
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _MAP_FAILED = 2**64 - 1
 _FSOPEN, _FSCONFIG, _FSMOUNT = (
     430,
@@ -59,6 +65,7 @@ _libc.mmap.argtypes = (
 )
 _libc.munmap.argtypes = (ctypes.c_size_t, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 class Region(msgspec.Struct, frozen=True):
@@ -85,6 +92,8 @@ class GuestMemory:
         if size <= 0 or size % page:
             raise SpecError(f"memory must be a positive multiple of {page} bytes, not {size}")
         self.size = size
+        self.page = page
+        """The smallest piece of it that the host can take back."""
         self.fd = _create_file(size, hugepages)
         try:
             hva = _map_aligned(self.fd, size, hugepages)
@@ -136,6 +145,28 @@ class GuestMemory:
         """Our own address of these bytes, for the kernel: a vhost ring, an iovec."""
         return self.regions[0].hva + self._offset(gpa, size)
 
+    @property
+    def allocated(self) -> int:
+        """Bytes of the host's memory behind it: what was touched and not discarded."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def discard(self, buffers: Iterable[memoryview]) -> int:
+        """Give these views' bytes back to the host, as far as they are whole pages; how many that were.
+
+        They read as zeros afterwards. In ranges as long as they come: each is a call into the kernel, and
+        an invalidation of all the guest's mappings there.
+        """
+        if self.fd < 0:
+            raise MachineStopped("guest memory is closed")
+        base, given = self.regions[0].hva, 0
+        spans = sorted(_whole_pages(buffer, base, self.page) for buffer in buffers)
+        for start, end in _joined(spans):
+            mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
+            if _libc.fallocate(self.fd, mode, start, end - start):
+                raise HostError(f"cannot give guest memory back: {_last_error().strerror}")
+            given += end - start
+        return given
+
     def close(self) -> None:
         """End all access. Views taken before stay readable and keep the pages until they go."""
         if self.fd < 0:
@@ -178,6 +209,26 @@ def map_shared(fd: int, size: int) -> memoryview:
     if hva == _MAP_FAILED:
         raise HostError(f"cannot map {size} bytes: {_last_error().strerror}")
     return _view_of_mapping(hva, size)
+
+
+def _whole_pages(buffer: memoryview, base: int, page: int) -> tuple[int, int]:
+    """From and to which byte of the file; empty where the view holds no whole page."""
+    start = ctypes.addressof(ctypes.c_char.from_buffer(buffer)) - base
+    end = (start + buffer.nbytes) // page * page
+    return -(-start // page) * page, end
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted spans, those that touch or overlap as one; the empty ones left out."""
+    joined: list[tuple[int, int]] = []
+    for start, end in spans:
+        if end <= start:
+            continue
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined
 
 
 def _view_of_mapping(hva: int, size: int) -> memoryview:

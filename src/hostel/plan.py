@@ -110,6 +110,18 @@ class Ending(msgspec.Struct, frozen=True):
     code: int = 0
 
 
+class Balloon(msgspec.Struct, frozen=True):
+    """A guest's memory as its balloon tells it."""
+
+    actual: int
+    """Bytes that the guest has, by its own word."""
+    target: int
+    """Bytes that it shall have."""
+    statistics: dict[str, int]
+    """The guest's own view: ``free_memory``, ``available_memory`` …, as far as its driver says; empty
+    where there is none."""
+
+
 class Engine(Protocol):
     """What ``Machine`` drives. ``start`` may raise any HostelError and then has left nothing behind."""
 
@@ -129,3 +141,7 @@ class Engine(Protocol):
 
     def statistics(self) -> dict[str, Any]:
         """A snapshot of counters."""
+
+    def balloon(self, target: int | None = None) -> Balloon:
+        """How large the guest is; after ``target`` bytes were asked for, if they are given. The plan has
+        a balloon."""

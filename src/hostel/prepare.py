@@ -102,6 +102,7 @@ def prepare(spec: MachineSpec, runtime: Path, *, qemu_args: tuple[str, ...] = ()
         runtime=runtime,
         accel=choice.accel,
         qemu_args=qemu_args,
+        balloon=spec.balloon,
         notes=tuple(_notes(spec)),
     )
     return Preparation(plan, tuple(root.guest_steps(spec, served, len(disks))))
@@ -124,6 +125,7 @@ def prepare_raw(spec: MachineSpec, runtime: Path) -> Plan:
         runtime=runtime,
         agent=False,
         accel=choice.accel,
+        balloon=spec.balloon,
         notes=tuple(_notes(spec)),
     )
 

@@ -76,6 +76,8 @@ def modules(spec: MachineSpec, disks: bool) -> tuple[list[str], list[str]]:
         wanted.append("virtiofs")
     if spec.root.kind != "none":
         wanted.append("overlay")
+    if spec.balloon:
+        wanted.append("virtio_balloon")
     if spec.root.kind == "image":
         wanted.append(_root_file_system(spec.root.path).driver)
     return wanted, ["virtio_rng"]

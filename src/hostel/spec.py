@@ -171,6 +171,8 @@ class MachineSpec(_Part, frozen=True):
     vsock: Literal["none", "auto", "vhost", "python"] = "none"
     """A virtio-vsock device, and who serves it."""
     balloon: bool = False
+    """A virtio-balloon: memory that the guest no longer uses goes back to the host, and ``Machine.balloon``
+    changes how much it has."""
     volumes: tuple[Volume, ...] = ()
     tmpfs: tuple[str, ...] = ()
     hostname: str = ""

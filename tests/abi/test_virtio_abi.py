@@ -14,6 +14,7 @@ from hostel.abi.record import Record
 
 HEADERS = """
 virtio_config virtio_ids virtio_ring virtio_pci virtio_mmio virtio_blk virtio_console virtio_fs pci_regs
+virtio_balloon
 """
 OURS_ALONE = {
     # Not in a header: they come from the text of the specification (§4.1.2, §4.2.2, §2.7, §5.2).

@@ -177,8 +177,11 @@ class Driver:
     def kick(self, index: int) -> None: ...
     def call_fd(self, index: int) -> int: ...  # type: ignore[empty-body]
     def config_fd(self) -> int: ...  # type: ignore[empty-body]
-    def config(self, offset: int, size: int) -> int: ...  # type: ignore[empty-body]
+    def config_address(self, offset: int) -> int: ...  # type: ignore[empty-body]
     def generation(self) -> int: ...  # type: ignore[empty-body]
+
+    def config(self, offset: int, size: int) -> int:
+        return self.rig.read(self.config_address(offset), size)
 
     # -- common -------------------------------------------------------------------------------
 
@@ -332,8 +335,8 @@ class PciDriver(Driver):
     def config_fd(self) -> int:
         return self.call_fd(len(self.device.queue_sizes))
 
-    def config(self, offset: int, size: int) -> int:
-        return self.rig.read(self.structures[abi.PCI_CAP_DEVICE_CFG] + offset, size)
+    def config_address(self, offset: int) -> int:
+        return self.structures[abi.PCI_CAP_DEVICE_CFG] + offset
 
     def generation(self) -> int:
         return self.get("config_generation", 1)
@@ -393,8 +396,8 @@ class MmioDriver(Driver):
     def config_fd(self) -> int:
         return self.rig.vm.irqfds[self.gsi]
 
-    def config(self, offset: int, size: int) -> int:
-        return self.rig.read(self.address + abi.MMIO_CONFIG + offset, size)
+    def config_address(self, offset: int) -> int:
+        return self.address + abi.MMIO_CONFIG + offset
 
     def generation(self) -> int:
         return self.get(abi.MMIO_CONFIG_GENERATION)

@@ -13,6 +13,7 @@ ID_NET = 1
 ID_BLOCK = 2
 ID_CONSOLE = 3
 ID_RNG = 4
+ID_BALLOON = 5
 ID_FS = 26
 
 CONFIG_S_ACKNOWLEDGE = 1
@@ -196,3 +197,26 @@ CONSOLE_CONTROL = Record("virtio_console_control", id="I", event="H", value="H")
 # --- File system (§5.11) -----------------------------------------------------------------------
 
 FS_CONFIG = Record("virtio_fs_config", tag="36s", num_request_queues="I")
+
+# --- Traditional memory balloon (§5.5) -----------------------------------------------------------
+
+BALLOON_F_MUST_TELL_HOST = 0
+BALLOON_F_STATS_VQ = 1
+BALLOON_F_DEFLATE_ON_OOM = 2
+BALLOON_F_REPORTING = 5
+BALLOON_PFN_SHIFT = 12
+BALLOON_S_SWAP_IN = 0
+BALLOON_S_SWAP_OUT = 1
+BALLOON_S_MAJFLT = 2
+BALLOON_S_MINFLT = 3
+BALLOON_S_MEMFREE = 4
+BALLOON_S_MEMTOT = 5
+BALLOON_S_AVAIL = 6
+BALLOON_S_CACHES = 7
+BALLOON_S_HTLB_PGALLOC = 8
+BALLOON_S_HTLB_PGFAIL = 9
+
+BALLOON_CONFIG = Record(
+    "virtio_balloon_config", num_pages="I", actual="I", free_page_hint_cmd_id="I", poison_val="I"
+)
+BALLOON_STAT = Record("virtio_balloon_stat", tag="H", val="Q")

@@ -200,6 +200,12 @@ def machine(function: F) -> F:
             metavar="LIST",
             help="The pCPU of each vCPU, such as 2,3.",
         ),
+        option(
+            section,
+            "--balloon",
+            is_flag=True,
+            help="Memory that the guest no longer uses goes back to the host.",
+        ),
         option(section, "--hugepages", is_flag=True, help="Memory from the host's hugepages."),
         option(
             section,

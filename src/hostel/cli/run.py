@@ -56,6 +56,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     disks: tuple[Disk, ...]
     pin: tuple[int, ...] | None
     hugepages: bool
+    balloon: bool
     transport: str
     root: str
     volumes: tuple[Volume, ...]
@@ -199,6 +200,7 @@ def machine_spec(options: Options) -> MachineSpec:
         pin=options.pin or (),
         memory=DEFAULT_MEMORY if options.memory is None else options.memory,
         hugepages=options.hugepages,
+        balloon=options.balloon,
         kernel=options.kernel,
         initrd=options.initrd,
         append=f"{options.append} {SHOW_BOOT}" if options.console else options.append,

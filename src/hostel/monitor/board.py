@@ -215,6 +215,7 @@ class Board:
     def statistics(self) -> dict[str, Any]:
         return {
             "memory": self.memory.size,
+            "memory_allocated": self.memory.allocated,
             "devices": self.ports.statistics() | self.mmio.statistics(),
             "unclaimed": {
                 "ports": {f"{port:#x}": count for port, count in self.ports.unclaimed.items()},

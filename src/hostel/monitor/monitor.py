@@ -20,17 +20,20 @@ import socket
 import threading
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hostel.console import Console
 from hostel.errors import GuestError, HostelError, MachineStopped, SpecError
-from hostel.plan import Ending, Plan
+from hostel.plan import Balloon, Ending, Plan
 from hostel.virtio.device import VirtioDevice
 from hostel.vmm.loop import EventLoop
 from hostel.vmm.vcpu_thread import bug
 
 from .board import Board
 from .panic import PanicWatch
+
+if TYPE_CHECKING:
+    from hostel.virtio.balloon import Balloon as BalloonDevice
 
 MAX_FAULTS = 16
 EVENT_SHUTDOWN, EVENT_RESET = 1, 2  # KVM_SYSTEM_EVENT_*
@@ -104,6 +107,23 @@ class Monitor:
             if self._board is not None and self._report is None:
                 self._statistics = self._board.statistics() | self._own_statistics()
             return self._statistics
+
+    def balloon(self, target: int | None = None) -> Balloon:
+        device = self._balloon_device()
+        if target is not None:
+            device.set_target(target)
+        statistics = device.ask_statistics()
+        return Balloon(device.actual, device.target, statistics)
+
+    def _balloon_device(self) -> BalloonDevice:
+        from hostel.virtio.balloon import Balloon as BalloonDevice
+
+        with self._lock:
+            devices = self._board.virtio if self._board and self._report is None else []
+        for device in devices:
+            if isinstance(device, BalloonDevice):
+                return device
+        raise MachineStopped("the machine does not run")
 
     # -- what the board reports, from any thread ----------------------------------------------
 

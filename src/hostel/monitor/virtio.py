@@ -6,6 +6,7 @@
     rng
     disks     in the plan's order: vda, vdb …
     shares    file systems, each a vhost-user daemon that listens on a socket
+    balloon   if the plan wants one
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def seat_on_mmio(board: Board, undo: ExitStack) -> None:
 
 def _makers(board: Board, limit: int) -> list[Callable[[], VirtioDevice]]:
     makers: list[Callable[[], VirtioDevice]] = [partial(_console, board), partial(_rng, board)]
-    makers += [*_disks(board), *_shares(board)]
+    makers += [*_disks(board), *_shares(board), *_balloon(board)]
     if len(makers) > limit:
         raise SpecError(
             f"the machine has {len(makers)} virtio devices; {board.plan.spec.transport} has room"
@@ -136,3 +137,10 @@ def _shares(board: Board) -> Iterator[Callable[[], VirtioDevice]]:
 
         for share in board.plan.shares:
             yield partial(VirtioFs, board.loop, share.tag, share.socket)
+
+
+def _balloon(board: Board) -> Iterator[Callable[[], VirtioDevice]]:
+    if board.plan.balloon:
+        from hostel.virtio.balloon import Balloon
+
+        yield partial(Balloon, board.loop, board.memory.size)

@@ -32,6 +32,8 @@ MACHINE = {
     "pci": "q35,sata=off,smbus=off,vmport=off,usb=off,hpet=off",
     "mmio": "microvm,acpi=on,rtc=on,pcie=off,ioapic2=on",
 }
+BALLOON = "/machine/peripheral/balloon"
+"""Its place in QEMU's tree of objects."""
 SUFFIX = {"pci": "pci", "mmio": "device"}
 CPU = {"tcg": "max", "kvm": "host"}
 ACCEL = {"tcg": "tcg,thread=multi", "kvm": "kvm"}
@@ -61,7 +63,21 @@ def arguments(plan: Plan, kernel: Path, cmdline: str, fds: Mapping[str, int]) ->
         path = str(share.socket).replace(",", ",,")
         yield from ("-chardev", f"socket,id=fs-{share.tag},path={path}")
         yield from _device(plan, "vhost-user-fs", chardev=f"fs-{share.tag}", tag=share.tag)
+    if plan.balloon:
+        options = {"deflate-on-oom": True, "free-page-reporting": True}
+        yield from _device(plan, "virtio-balloon", id="balloon", **options)
     yield from plan.qemu_args
+
+
+def balloon_statistics(found: Mapping[str, int]) -> dict[str, int]:
+    """QEMU's names as the specification's; a value of all ones is one that the guest did not tell."""
+    names = {"htlb-pgalloc": "hugetlb_allocations", "htlb-pgfail": "hugetlb_failures"}
+    values = {name.removeprefix("stat-"): value for name, value in found.items()}
+    return {
+        names.get(name, name.replace("-", "_")): value
+        for name, value in values.items()
+        if value != 2**64 - 1
+    }
 
 
 def streams(plan: Plan) -> tuple[str, ...]:
@@ -114,11 +130,11 @@ def _driver(path: str) -> str:
     return "host_device" if Path(path).is_block_device() else "file"
 
 
-def _device(plan: Plan, name: str, **properties: str | int) -> Iterator[str]:
+def _device(plan: Plan, name: str, **properties: str | int | bool) -> Iterator[str]:
     has_legacy = plan.spec.transport == "pci" and name != "vhost-user-fs"
     modern = {"disable-legacy": "on"} if has_legacy else {}
     yield from _json(f"{name}-{SUFFIX[plan.spec.transport]}", **modern, **properties)
 
 
-def _json(driver: str, **properties: str | int) -> Iterator[str]:
+def _json(driver: str, **properties: str | int | bool) -> Iterator[str]:
     yield from ("-device", json.dumps({"driver": driver, **properties}))

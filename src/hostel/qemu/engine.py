@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
@@ -31,7 +32,7 @@ from hostel.errors import HostError, MachineStopped
 from hostel.host import toolbox
 from hostel.host.process import GRACE, Helper
 from hostel.memory import GuestMemory
-from hostel.plan import Ending, EndingKind, Plan
+from hostel.plan import Balloon, Ending, EndingKind, Plan
 from hostel.vmm.loop import EventLoop
 
 from . import command, tsc
@@ -39,6 +40,8 @@ from .control import Control
 from .fault import SOON, FaultLog, ResetLoop
 from .stream import ConsoleStream
 
+STATISTICS_SECONDS = 3.0
+"""How long the first ones of a balloon's guest may take: QEMU asks after a second."""
 REASONS: dict[str, EndingKind] = {
     "guest-shutdown": "poweroff",
     "guest-reset": "reset",
@@ -72,6 +75,8 @@ class QemuEngine:
         self._helper: Helper | None = None
         self._agent: socket.socket | None = None
         self._agent_is_taken = False
+        self._target = plan.spec.memory
+        self._polled = False
 
     # -- the engine's contract ----------------------------------------------------------------
 
@@ -122,6 +127,28 @@ class QemuEngine:
         if self._helper is None or not self._helper.alive():
             return own
         return own | self._helper.usage()
+
+    def balloon(self, target: int | None = None) -> Balloon:
+        """The guest is asked for its statistics once a second from the first call on: they are that old
+        at most."""
+        ask = self._control.execute
+        if target is not None:
+            self._target = target
+            ask("balloon", value=target)
+        if not self._polled:
+            self._polled = True
+            where = {"path": command.BALLOON, "property": "guest-stats-polling-interval"}
+            ask("qom-set", **where, value=1)
+        statistics = self._guest_statistics()
+        return Balloon(ask("query-balloon")["actual"], self._target, statistics)
+
+    def _guest_statistics(self) -> dict[str, int]:
+        deadline = time.monotonic() + STATISTICS_SECONDS
+        while True:
+            found = self._control.execute("qom-get", path=command.BALLOON, property="guest-stats")
+            if found["last-update"] or time.monotonic() > deadline:
+                return command.balloon_statistics(found["stats"])
+            time.sleep(0.1)
 
     # -- start --------------------------------------------------------------------------------
 
