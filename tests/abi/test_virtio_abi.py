@@ -14,7 +14,7 @@ from hostel.abi.record import Record
 
 HEADERS = """
 virtio_config virtio_ids virtio_ring virtio_pci virtio_mmio virtio_blk virtio_console virtio_fs pci_regs
-virtio_balloon
+virtio_balloon virtio_vsock
 """
 OURS_ALONE = {
     # Not in a header: they come from the text of the specification (§4.1.2, §4.2.2, §2.7, §5.2).
@@ -27,6 +27,8 @@ OURS_ALONE = {
     "PCI_DEVICE_BASE",
     "MMIO_MAGIC",
     "BLK_SECTOR",
+    "VSOCK_CID_HOST",
+    "VSOCK_F_STREAM",
     "CONFIG_SIZE",
     "FUNCTIONS",
     "DEVICES",

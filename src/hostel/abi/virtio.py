@@ -14,6 +14,7 @@ ID_BLOCK = 2
 ID_CONSOLE = 3
 ID_RNG = 4
 ID_BALLOON = 5
+ID_VSOCK = 19
 ID_FS = 26
 
 CONFIG_S_ACKNOWLEDGE = 1
@@ -220,3 +221,37 @@ BALLOON_CONFIG = Record(
     "virtio_balloon_config", num_pages="I", actual="I", free_page_hint_cmd_id="I", poison_val="I"
 )
 BALLOON_STAT = Record("virtio_balloon_stat", tag="H", val="Q")
+
+# --- Socket (§5.10) ----------------------------------------------------------------------------
+
+VSOCK_CID_HOST = 2
+"""§5.10.4: addresses 0, 1, 2 and 0xFFFFFFFF are reserved; 2 is the host."""
+VSOCK_F_STREAM = 0
+
+VSOCK_TYPE_STREAM = 1
+VSOCK_OP_REQUEST = 1
+VSOCK_OP_RESPONSE = 2
+VSOCK_OP_RST = 3
+VSOCK_OP_SHUTDOWN = 4
+VSOCK_OP_RW = 5
+VSOCK_OP_CREDIT_UPDATE = 6
+VSOCK_OP_CREDIT_REQUEST = 7
+VSOCK_SHUTDOWN_RCV = 1
+VSOCK_SHUTDOWN_SEND = 2
+VSOCK_EVENT_TRANSPORT_RESET = 0
+
+VSOCK_CONFIG = Record("virtio_vsock_config", guest_cid="Q")
+VSOCK_EVENT = Record("virtio_vsock_event", id="I")
+VSOCK_HDR = Record(
+    "virtio_vsock_hdr",
+    src_cid="Q",
+    dst_cid="Q",
+    src_port="I",
+    dst_port="I",
+    len="I",
+    type="H",
+    op="H",
+    flags="I",
+    buf_alloc="I",
+    fwd_cnt="I",
+)

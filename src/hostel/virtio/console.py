@@ -25,7 +25,7 @@ from hostel.abi import virtio as abi
 from hostel.vmm.loop import EventLoop
 
 from .plane import QueueDevice, ServedQueue
-from .queue import MAX_BUFFERS, Chain, take, total
+from .queue import MAX_BUFFERS, Chain, fill, take, total
 
 CONTROL_RECEIVE, CONTROL_TRANSMIT = 2, 3
 QUEUE_SIZE = 128
@@ -331,7 +331,7 @@ class Console(QueueDevice):
                 if queue.enable_notifications():
                     continue
                 break
-            queue.push(chain, _fill(chain.writable, self._outbox.popleft()))
+            queue.push(chain, fill(chain.writable, self._outbox.popleft()))
         queue.interrupt()
         transmit = self.queues.get(CONTROL_TRANSMIT)
         if was_full and len(self._outbox) < OUTBOX and transmit is not None:
@@ -356,13 +356,3 @@ class Console(QueueDevice):
         columns, rows = self._size
         size = columns.to_bytes(2, "little") + rows.to_bytes(2, "little")
         self._send(self.ports[0], abi.CONSOLE_RESIZE, 1, size)
-
-
-def _fill(buffers: Sequence[memoryview], data: bytes) -> int:
-    """Copy as much of ``data`` as there is room for."""
-    done = 0
-    for buffer in buffers:
-        part = data[done : done + len(buffer)]
-        buffer[: len(part)] = part
-        done += len(part)
-    return done

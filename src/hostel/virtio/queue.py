@@ -104,6 +104,16 @@ def take(buffers: Sequence[memoryview], size: int) -> tuple[list[memoryview], li
     return list(buffers), []
 
 
+def fill(buffers: Sequence[memoryview], data: bytes) -> int:
+    """Copy as much of ``data`` as there is room for."""
+    done = 0
+    for buffer in buffers:
+        part = data[done : done + len(buffer)]
+        buffer[: len(part)] = part
+        done += len(part)
+    return done
+
+
 class Queue:
     """``next_avail`` and ``next_used`` count without wrapping; the rings hold them modulo 65536."""
 
