@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +9,7 @@ import pytest
 
 from hostel.abi import virtio as abi
 from virtio.rig import EVENT_INDEX, Rig, eventually
-from virtio.vsock_guest import BOTH, EVENT, GUEST_PORT, PORT, Guest, Packet, Program, client
+from virtio.vsock_guest import BOTH, Guest, Program, client
 
 RST, RESPONSE, SHUTDOWN = abi.VSOCK_OP_RST, abi.VSOCK_OP_RESPONSE, abi.VSOCK_OP_SHUTDOWN
 SEND, RECEIVE = abi.VSOCK_SHUTDOWN_SEND, abi.VSOCK_SHUTDOWN_RCV
