@@ -17,7 +17,8 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from .console import Console
-from .spec import Disk, Limits, MachineSpec
+from .host.interface import Interface as Interface  # noqa: PLC0414 (part of a plan, shown here)
+from .spec import Disk, MachineSpec
 
 AGENT_PORT = "hostel.agent"
 
@@ -40,24 +41,6 @@ class Drive(msgspec.Struct, frozen=True):
 
     disk: Disk
     socket: Path | None = None
-
-
-class Interface(msgspec.Struct, frozen=True):
-    """A NIC as an engine is to make it: every name resolved, the host's side there already."""
-
-    model: Literal["virtio", "e1000"]
-    plane: Literal["python", "vhost", "vhost-user"]
-    backend: Literal["tap", "macvtap", "stream", "vhost-user"]
-    target: str
-    """A tap's name, a macvtap's ``/dev/tapN``, or the path of a socket: passt's stream of frames, each
-    with its length before it in 4 bytes, or a vhost-user-net backend's."""
-    mac: str
-    mtu: int = 0
-    """0: not announced."""
-    queues: int = 1
-    limits: Limits = Limits()
-    reason: str = ""
-    """Why this plane, for a person."""
 
 
 class Vsock(msgspec.Struct, frozen=True):

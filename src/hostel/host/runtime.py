@@ -4,6 +4,7 @@
 
     $XDG_RUNTIME_DIR/hostel/            /run/hostel for root; else /tmp/hostel-UID, ours alone (0700)
         .lock                           held for a moment by whoever makes or sweeps a directory
+        .net-…/                         a network that machines share (``net/client.py``)
         NAME/
             lock                        held (flock) as long as that machine's hostel lives
             *.pid                       a helper process: pid and start time (``process.py``)
@@ -109,7 +110,13 @@ def sweep() -> list[str]:
     """Clear away what killed hostels left; returns the names. Safe beside starts and other sweeps."""
     parent = base()
     with _lock(parent / ".lock"):
-        return [path.name for path in sorted(parent.iterdir()) if _sweep_one(path)]
+        machines = (path for path in sorted(parent.iterdir()) if not path.name.startswith("."))
+        swept = [path.name for path in machines if _sweep_one(path)]
+    if any(parent.glob(".net-*")):
+        from .net import client
+
+        swept += client.sweep()
+    return swept
 
 
 def _choose() -> Path:

@@ -1,0 +1,233 @@
+"""A network of hostel's own, ``nat`` or ``isolated``: its bridge, taps, addresses and rules.
+
+The bridge has no IPv6 and neither have its guests: nothing to get around a rule by.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from typing import Any
+
+from hostel.errors import HostError, UserError
+from hostel.vmm.loop import EventLoop
+
+from . import allow, firewall, forwarding, kernel, state
+from .resolver import Resolver
+from .rules import Guest, Port, View, render
+from .subnet import PREFIX, Pool, choose
+
+DOMAIN = "hostel"
+MTU = 1500
+
+BRIDGE_SYSCTLS = {
+    "ipv6/conf/{}/disable_ipv6": "1",
+    "ipv4/conf/{}/forwarding": "1",
+    "ipv4/conf/{}/route_localnet": "1",
+    "ipv4/conf/{}/proxy_arp_pvlan": "1",
+    "ipv4/neigh/{}/proxy_delay": "0",
+    "ipv4/conf/{}/rp_filter": "1",
+}
+"""Of the bridge alone; they go with it. ``route_localnet``: ports published at 127.0.0.1."""
+
+
+class Network:
+    """From ``make`` to ``close``."""
+
+    def __init__(self, folder: str, kind: str, name: str) -> None:
+        self._folder, self._name, self._world = folder, name or "default", kind == "nat"
+        self._pool = Pool(choose(self._name))
+        self._guests: dict[int, Guest] = {}
+        self._reserved: dict[int, list[socket.socket]] = {}
+        self._count = 0
+        self.notes: list[str] = []
+        self._bridge = _free_bridge()
+
+    def make(self, loop: EventLoop) -> None:
+        """Everything but guests. Names are answered on ``loop``."""
+        bridge, folder = self._bridge, self._folder
+        uplinks = forwarding.uplinks() if self._world else []
+        self._mtu = _mtu(uplinks)
+        state.note(folder, "link", bridge)
+        mac = ":".join(["02", *(f"{byte:02x}" for byte in os.urandom(5))])
+        kernel.ip(
+            [
+                f"link add {bridge} address {mac} type bridge stp_state 0 forward_delay 0 "
+                "mcast_snooping 0",
+                f"link set {bridge} addrgenmode none alias hostel:{self._name}",
+                f"addr add {self._pool.gateway}/{PREFIX} dev {bridge}",
+                f"link set {bridge} up",
+            ]
+        )
+        for path, value in BRIDGE_SYSCTLS.items():
+            if kernel.sysctl(path.format(bridge)) is not None:
+                kernel.set_sysctl(path.format(bridge), value)
+        self._resolver = Resolver(self._pool.gateway, self, loop)
+        self._view = View(
+            bridge,
+            str(self._pool),
+            self._pool.gateway,
+            world=self._world,
+            dns_port=self._resolver.port,
+        )
+        self._let_through(uplinks)
+        self._load()
+
+    def _let_through(self, uplinks: list[str]) -> None:
+        if uplinks and kernel.sysctl("ipv4/ip_forward") != "1":
+            base, key = os.path.split(self._folder)
+            state.note(self._folder, "forwarding", f"{base}:{key}")
+            self._view.opened = forwarding.join(base, key, uplinks)
+        state.note(self._folder, "accept", self._bridge)
+        self.notes += firewall.open_for(self._bridge)
+        for family in ("inet", "bridge"):
+            state.note(self._folder, "table", f"{family}:{self._bridge}")
+
+    # -- machines --------------------------------------------------------------------------------
+
+    def attach(self, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """A tap, an address and rules for one NIC; the number of its lease, and what to answer."""
+        wanted = request["allow"]
+        entries = None if wanted is None else [allow.parse(text) for text in wanted]
+        if any(guest.mac == request["mac"] for guest in self._guests.values()):
+            raise UserError(f"the MAC {request['mac']} is in use on this network")
+        self._count += 1
+        number, address = self._count, self._pool.take(request["address"])
+        guest = Guest(number, f"{self._bridge}-{number}", request["mac"], address)
+        guest.machine, guest.allow = request["machine"].lower(), entries
+        guest.names = {entry.host: {} for entry in entries or () if entry.kind == "name"}
+        self._guests[number] = guest
+        try:
+            self._reserved[number] = []
+            self._publish(guest, request["publish"])
+            self._plug(guest, request["queues"], request["mtu"] or self._mtu)
+            self._load()
+        except BaseException:
+            self.detach(number)
+            raise
+        return number, self._answer(guest, request)
+
+    def _answer(self, guest: Guest, request: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "target": guest.tap,
+            "addresses": [f"{guest.address}/{PREFIX}"],
+            "gateway": self._pool.gateway if self._world else "",
+            "dns": [self._pool.gateway],
+            "search": [DOMAIN],
+            "mtu": request["mtu"] or self._mtu,
+            "notes": self.notes,
+        }
+
+    def _publish(self, guest: Guest, wanted: list[list[Any]]) -> None:
+        for address, host, port, protocol in wanted:
+            self._reserved[guest.number].append(_reserve(address, host, protocol))
+            guest.ports.append(Port(address, host, port, protocol))
+
+    def _plug(self, guest: Guest, queues: int, mtu: int) -> None:
+        tap, several = guest.tap, "multi_queue" if queues > 1 else ""
+        state.note(self._folder, "link", tap)
+        kernel.ip(
+            [
+                f"tuntap add dev {tap} mode tap vnet_hdr {several}",
+                f"link set {tap} addrgenmode none mtu {mtu} master {self._bridge}",
+                f"link set {tap} type bridge_slave isolated on",
+                f"neigh replace {guest.address} lladdr {guest.mac} dev {self._bridge} nud permanent",
+            ]
+        )
+        self._load()  # not up before its rules are there
+        kernel.ip([f"link set {tap} up"])
+
+    def detach(self, number: int) -> None:
+        """Take everything of one NIC away."""
+        guest = self._guests.pop(number)
+        for sock in self._reserved.pop(number, []):
+            sock.close()
+        self._pool.give_back(guest.address)
+        for line in (
+            f"link del {guest.tap}",
+            f"neigh del {guest.address} dev {self._bridge}",
+        ):
+            with contextlib.suppress(HostError):  # not made yet, or taken away by someone else
+                kernel.ip([line])
+        state.forget(self._folder, "link", guest.tap)
+        self._load()
+
+    def close(self) -> None:
+        """Nothing of the network is left."""
+        state.undo(self._folder, force=True)
+
+    def _load(self) -> None:
+        self._view.guests = list(self._guests.values())
+        kernel.nft(render(self._view, time.monotonic()))
+
+    # -- what the resolver asks ------------------------------------------------------------------
+
+    def guest_at(self, address: str) -> Guest | None:
+        return next((g for g in self._guests.values() if g.address == address), None)
+
+    def machine(self, name: str) -> list[str]:
+        """The addresses of a machine, by ``NAME`` or ``NAME.hostel``."""
+        short = name.removesuffix(f".{DOMAIN}")
+        return [g.address for g in self._guests.values() if g.machine and g.machine == short]
+
+    def reaches_world(self) -> bool:
+        return self._world
+
+    def admit(self, guest: Guest, name: str, addresses: list[str], seconds: int) -> None:
+        """DNS has told a guest the addresses of a name that it may reach."""
+        end = time.monotonic() + seconds
+        guest.names[name].update(dict.fromkeys(addresses, end))
+        items = ", ".join(f"{address} timeout {seconds}s" for address in addresses)
+        which = f"inet {self._bridge} {guest.set_of(name)}"
+        plain = ", ".join(addresses)
+        kernel.nft(
+            f"add element {which} {{ {items} }}\n"
+            f"delete element {which} {{ {plain} }}\n"  # an element's time cannot be prolonged
+            f"add element {which} {{ {items} }}\n"
+        )
+
+
+def _free_bridge() -> str:
+    present = kernel.interfaces()
+    return next(name for n in range(10000) if (name := f"hostel{n}") not in present)
+
+
+def _mtu(uplinks: list[str]) -> int:
+    """No more than any way out takes: a guest need not learn it packet by packet."""
+    found = [kernel.mtu(name) for name in uplinks]
+    return min([MTU, *(mtu for mtu in found if mtu >= 1280)])
+
+
+def _reserve(address: str, port: int, protocol: str) -> socket.socket:
+    """Hold a port of the host, so that nobody else takes it; packets never reach the socket."""
+    kind = socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM
+    sock = socket.socket(socket.AF_INET, kind)
+    try:
+        if protocol == "tcp":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((address, port))
+        if protocol == "tcp":
+            sock.listen(1)
+    except OSError as error:
+        sock.close()
+        raise UserError(
+            f"port {port}/{protocol} of {address or 'this host'} cannot be published: "
+            f"{error.strerror}",
+            cure="choose another port of the host",
+        ) from None
+    return sock
+
+
+def foreseen(kind: str, name: str, address: str, mtu: int) -> dict[str, Any]:
+    """What the first machine of a network would be answered."""
+    pool = Pool(choose(name or "default"))
+    return {
+        "target": f"{_free_bridge()}-1",
+        "addresses": [f"{pool.take(address)}/{PREFIX}"],
+        "gateway": pool.gateway if kind == "nat" else "",
+        "dns": [pool.gateway],
+        "search": [DOMAIN],
+        "mtu": mtu or MTU,
+    }

@@ -1,0 +1,110 @@
+"""Taps on a bridge of the host's, and macvtaps on an interface of the host's.
+
+Their network is not ours: no addresses, no rules. What is made is one link a NIC.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+from hostel.errors import HostError, UserError
+from hostel.vmm.loop import EventLoop
+
+from . import kernel, state
+
+
+class _Links:
+    """One link a lease."""
+
+    def __init__(self, folder: str, target: str) -> None:
+        self._folder, self._target = folder, target
+        self._links: dict[int, str] = {}
+        self._count = 0
+
+    def make(self, loop: EventLoop) -> None:
+        pass
+
+    def _name(self, prefix: str) -> tuple[int, str]:
+        """A free name, noted as ours."""
+        present = kernel.interfaces()
+        name = next(name for n in range(100000) if (name := f"{prefix}{n}") not in present)
+        self._count += 1
+        self._links[self._count] = name
+        state.note(self._folder, "link", name)
+        return self._count, name
+
+    def detach(self, number: int) -> None:
+        name = self._links.pop(number)
+        with contextlib.suppress(HostError):  # the host's interface has gone, and took it along
+            kernel.ip([f"link del {name}"])
+        state.forget(self._folder, "link", name)
+
+    def close(self) -> None:
+        state.undo(self._folder, force=True)
+
+
+class Bridge(_Links):
+    """A tap on a bridge that is there."""
+
+    def make(self, loop: EventLoop) -> None:
+        argv = [kernel.find("ip"), "-o", "link", "show", "dev", self._target, "type", "bridge"]
+        if not kernel.run(argv):
+            raise UserError(
+                f"{self._target} is no bridge",
+                cost="no tap can be put on it",
+                cure=f"name a bridge, or use --net macvtap={self._target}",
+            )
+
+    def attach(self, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        number, tap = self._name("hostel-t")
+        mtu = request["mtu"] or kernel.mtu(self._target)
+        several = "multi_queue" if request["queues"] > 1 else ""
+        try:
+            kernel.ip(
+                [
+                    f"tuntap add dev {tap} mode tap vnet_hdr {several}",
+                    f"link set {tap} addrgenmode none mtu {mtu} master {self._target}",
+                    f"link set {tap} up",
+                ]
+            )
+        except HostError:
+            self.detach(number)
+            raise
+        return number, {"target": tap, "mtu": mtu}
+
+
+class Macvtap(_Links):
+    """A macvtap in bridge mode: the guest appears on the interface's own network, with its own MAC.
+
+    The host itself cannot be reached that way (macvlan never sends back to its lower interface).
+    """
+
+    def attach(self, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        number, name = self._name("hostel-m")
+        mtu = request["mtu"] or kernel.mtu(self._target)
+        try:
+            kernel.ip(
+                [
+                    f"link add link {self._target} name {name} address {request['mac']} mtu {mtu} "
+                    "type macvtap mode bridge",
+                    f"link set {name} addrgenmode none up",
+                ]
+            )
+            device = f"/dev/tap{kernel.index(name)}"
+            if not os.path.exists(device):
+                raise HostError(
+                    f"the kernel made {name} but there is no {device}",
+                    cure="mount devtmpfs on /dev, or use --net bridge",
+                )
+        except HostError as error:
+            self.detach(number)
+            raise _explained(error, self._target) from None
+        return number, {"target": device, "mtu": mtu}
+
+
+def _explained(error: HostError, target: str) -> HostError:
+    if "not supported" in error.message or "Unknown device type" in error.message:
+        return HostError(f"no macvtap on {target}: {error.message}", cure="modprobe macvtap")
+    return error

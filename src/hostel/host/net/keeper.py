@@ -1,0 +1,159 @@
+"""The keeper of one network: makes it, hands out leases, answers names, and ends with the last machine.
+
+One loop on one thread: each request is answered before the next is looked at, so that there is nothing
+to lock. A connection is a lease; that it breaks is how a machine's end is seen, also after SIGKILL.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from typing import Any, Protocol
+
+from hostel.errors import HelperError, HostelError
+from hostel.vmm.loop import EventLoop
+
+LIMIT = 1 << 17
+
+
+class Fabric(Protocol):
+    """What a keeper keeps: a network of ours, or devices on one of the host's."""
+
+    def make(self, loop: EventLoop) -> None: ...
+    def attach(self, request: dict[str, Any]) -> tuple[int, dict[str, Any]]: ...
+    def detach(self, number: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class Keeper:
+    def __init__(self, listener: socket.socket, folder: str, fabric: Fabric) -> None:
+        self._listener, self._folder, self._fabric = listener, folder, fabric
+        self._leases: dict[int, tuple[socket.socket, int]] = {}
+        """Connections by file descriptor, with the number of what they lease (0: nothing)."""
+        self.ended = threading.Event()
+        self._problem: HostelError | None = None
+        self.loop = EventLoop(on_error=_show)
+
+    def start(self) -> None:
+        self.loop.start()
+        self.loop.call_soon(self._begin)
+
+    def _begin(self) -> None:
+        try:
+            self._fabric.make(self.loop)
+        except HostelError as error:
+            self._problem = error
+        except Exception as error:
+            _show(error)
+            self._problem = HelperError(f"the network could not be made: {error!r}")
+        self.loop.add(self._listener.fileno(), self._accept)
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        fd = sock.fileno()
+        self._leases[fd] = (sock, 0)
+        self.loop.add(fd, lambda: self._serve(fd))
+
+    def _serve(self, fd: int) -> None:
+        sock, number = self._leases[fd]
+        try:
+            data = sock.recv(LIMIT)
+        except OSError:
+            data = b""
+        if not data or number:
+            self._release(fd)
+            return
+        try:
+            number, answer = self._answer(json.loads(data))
+        except HostelError as error:
+            answer = {"error": _packed(error)}
+        self._leases[fd] = (sock, number)
+        try:
+            sock.send(json.dumps(answer).encode())
+        except OSError:
+            self._release(fd)
+
+    def _answer(self, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if self._problem:
+            raise self._problem
+        try:
+            return self._fabric.attach(request)
+        except HostelError:
+            raise
+        except Exception as error:
+            _show(error)
+            raise HelperError(f"the network's keeper failed: {error!r}") from None
+
+    def _release(self, fd: int) -> None:
+        sock, number = self._leases.pop(fd)
+        self.loop.remove(fd)
+        try:
+            if number:
+                self._fabric.detach(number)
+            if not self._leases:
+                self._end_if_unused()
+        finally:
+            sock.close()
+
+    def _end_if_unused(self) -> None:
+        """Nobody can come between: who looks for a keeper holds the lock (``client``)."""
+        with open(f"{os.path.dirname(self._folder)}/.net.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._accept()
+            if not self._leases:
+                self.end()
+
+    def end(self) -> None:
+        """Take everything down."""
+        self.loop.remove(self._listener.fileno())
+        try:
+            self._fabric.close()
+        finally:
+            for name in os.listdir(self._folder):
+                os.unlink(f"{self._folder}/{name}")
+            os.rmdir(self._folder)
+            self.ended.set()
+            self.loop.stop()
+
+
+def main(arguments: list[str]) -> None:
+    """Until the last machine has gone, or SIGTERM."""
+    listener_fd, lock_fd, folder, kind, target = arguments
+    for fd in (listener_fd, lock_fd):  # ours; not for the programs that we run
+        os.set_inheritable(int(fd), False)
+    listener = socket.socket(fileno=int(listener_fd))
+    listener.setblocking(False)
+    keeper = Keeper(listener, folder, _fabric(folder, kind, target))
+    signal.signal(signal.SIGTERM, lambda *_: keeper.loop.call_soon(keeper.end))
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    keeper.start()
+    while not keeper.ended.wait(3600):
+        pass
+
+
+def _fabric(folder: str, kind: str, target: str) -> Fabric:
+    if kind in ("nat", "isolated"):
+        from .fabric import Network
+
+        return Network(folder, kind, target)
+    from .foreign import Bridge, Macvtap
+
+    return Bridge(folder, target) if kind == "bridge" else Macvtap(folder, target)
+
+
+def _packed(error: HostelError) -> list[str]:
+    return [type(error).__name__, error.message, error.cost, error.cure]
+
+
+def _show(error: Exception) -> None:
+    traceback.print_exception(error, file=sys.stderr)

@@ -1,0 +1,108 @@
+"""How the keeper speaks to the kernel: ``ip -batch``, ``nft -f``, and files of /proc/sys.
+
+Programs get their input and give their output in memory files: nobody waits on a pipe for anybody.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+
+from hostel.errors import HostError, MissingTool
+
+PLACES = ("/usr/sbin", "/sbin", "/usr/bin", "/bin", "/usr/local/sbin")
+PACKAGES = {"ip": "iproute2", "nft": "nftables"}
+SYSCTL = "/proc/sys/net/"
+SIOCGIFMTU = 0x8921
+
+
+def find(program: str) -> str:
+    """The path of ``ip`` or ``nft``. Not by ``toolbox``: its import costs more than the program's run."""
+    for place in (*PLACES, *os.environ.get("PATH", "").split(":")):
+        path = f"{place}/{program}"
+        if os.access(path, os.X_OK):
+            return path
+    raise MissingTool(
+        f"{program} is not installed",
+        cost="no network of hostel's own",
+        cure=f"apt-get install {PACKAGES[program]} (as root), or use --net user",
+    )
+
+
+def ip(lines: list[str]) -> None:
+    """One batch of ``ip`` commands, in order up to the first that fails."""
+    run([find("ip"), "-batch", "-"], "\n".join(lines) + "\n")
+
+
+def nft(text: str) -> None:
+    """One transaction: all of it or nothing."""
+    run([find("nft"), "-f", "-"], text)
+
+
+def run(argv: list[str], text: str = "") -> str:
+    """A program's standard output; ``HostError`` with its first words if it fails."""
+    given, output, errors = (os.memfd_create(name) for name in ("stdin", "stdout", "stderr"))
+    try:
+        os.write(given, text.encode())
+        os.lseek(given, 0, os.SEEK_SET)
+        files = [(os.POSIX_SPAWN_DUP2, fd, n) for n, fd in enumerate((given, output, errors))]
+        pid = os.posix_spawn(argv[0], argv, os.environ, file_actions=files)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        said = _content(output)
+        if code:
+            words = _content(errors).strip() or said.strip() or f"exit code {code}"
+            raise HostError(f"{os.path.basename(argv[0])}: {' | '.join(words.splitlines()[:2])}")
+        return said
+    finally:
+        for fd in (given, output, errors):
+            os.close(fd)
+
+
+def _content(fd: int) -> str:
+    return os.pread(fd, os.fstat(fd).st_size, 0).decode("utf-8", "replace")
+
+
+def sysctl(name: str) -> str | None:
+    """The value of ``net.NAME`` (with slashes: interface names have dots); None if there is none."""
+    try:
+        with open(SYSCTL + name) as file:
+            return file.read().strip()
+    except OSError:
+        return None
+
+
+def set_sysctl(name: str, value: str) -> None:
+    """Write ``net.NAME``."""
+    try:
+        with open(SYSCTL + name, "w") as file:
+            file.write(value)
+    except OSError as error:
+        raise HostError(
+            f"cannot set net.{name.replace('/', '.')} to {value}: {error.strerror}",
+            cost="guests would not reach what they should",
+            cure="run where /proc/sys may be written, or use --net user",
+        ) from None
+
+
+def interfaces() -> set[str]:
+    """Names of this network namespace's interfaces. Not from /sys, which may show another's."""
+    with open("/proc/self/net/dev") as file:
+        return {line.split(":")[0].strip() for line in file if ":" in line}
+
+
+def mtu(name: str) -> int:
+    """An interface's; 0 if it has gone."""
+    request = struct.pack("16s16x", name.encode())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            answer = fcntl.ioctl(sock, SIOCGIFMTU, request)
+        except OSError:
+            return 0
+    return int(struct.unpack_from("i", answer, 16)[0])
+
+
+def index(name: str) -> int:
+    """An interface's number."""
+    return socket.if_nametoindex(name)

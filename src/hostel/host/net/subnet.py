@@ -1,0 +1,103 @@
+"""Which IPv4 subnet a network gets, and which address a machine: integers and /24s, nothing else.
+
+A network's subnet overlaps with nothing that the host has a route to. Addresses are handed out in a
+circle: one that has just become free is the last to be used again, as others may remember its MAC.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from zlib import crc32
+
+from hostel.errors import HostError, UserError
+
+from . import kernel
+
+PREFIX = 24
+SIZE = 1 << (32 - PREFIX)
+_ROUTE_KINDS = ("unicast", "local", "broadcast", "multicast", "throw", "unreachable",
+                "prohibit", "blackhole", "nat")  # fmt: skip
+
+
+def number(address: str) -> int:
+    return int.from_bytes(socket.inet_aton(address), "big")
+
+
+def text(address: int) -> str:
+    return socket.inet_ntoa(address.to_bytes(4, "big"))
+
+
+def choose(name: str, taken: list[tuple[int, int]] | None = None) -> int:
+    """A free subnet, the same for the same name if it can be; its first address."""
+    taken = routes() if taken is None else taken
+    for base in _candidates(name):
+        if not any(start < base + SIZE and base < start + size for start, size in taken):
+            return base
+    raise HostError("every private IPv4 subnet that hostel uses is in use on this host")
+
+
+def routes() -> list[tuple[int, int]]:
+    """What the host has routes to: first addresses and sizes. All tables: a VPN may have its own."""
+    lines = kernel.run([kernel.find("ip"), "-4", "route", "show", "table", "all"]).splitlines()
+    return [route for line in lines if (route := _route(line.split()))]
+
+
+def _route(words: list[str]) -> tuple[int, int] | None:
+    target = words[1] if words and words[0] in _ROUTE_KINDS else words[0] if words else "default"
+    address, _, prefix = target.partition("/")
+    length = int(prefix or 32)
+    if target == "default" or length < 4:  # halves of the world are a VPN's default route
+        return None
+    return number(address), 1 << (32 - length)
+
+
+def _candidates(name: str) -> Iterator[int]:
+    first = 0 if name == "default" else 1 + crc32(name.encode()) % 255
+    for block in ("10.213.0.0", "172.29.0.0", "192.168.0.0"):
+        for n in range(256):
+            yield number(block) + ((first + n) % 256) * SIZE
+
+
+class Pool:
+    """The addresses of one subnet. The bridge has the first."""
+
+    def __init__(self, base: int) -> None:
+        self.base = base
+        self.gateway = text(base + 1)
+        self._taken: set[int] = set()
+        self._next = 2
+
+    def take(self, wanted: str = "") -> str:
+        """``wanted`` or any free one."""
+        if wanted:
+            return self._take_this(wanted)
+        for n in range(SIZE - 3):
+            candidate = 2 + (self._next - 2 + n) % (SIZE - 3)
+            if self.base + candidate not in self._taken:
+                self._next = candidate + 1
+                self._taken.add(self.base + candidate)
+                return text(self.base + candidate)
+        raise HostError("the network has no free address left", cure="use another network as well")
+
+    def give_back(self, address: str) -> None:
+        self._taken.discard(number(address))
+
+    def __str__(self) -> str:
+        return f"{text(self.base)}/{PREFIX}"
+
+    def _take_this(self, wanted: str) -> str:
+        address, _, prefix = wanted.partition("/")
+        try:
+            value = number(address)
+        except OSError:
+            raise UserError(f"not an IPv4 address: {address!r}") from None
+        if prefix not in ("", str(PREFIX)) or not self.base + 1 < value < self.base + SIZE - 1:
+            raise UserError(
+                f"{wanted} is no address for a machine on this network",
+                cure=f"choose one of {text(self.base + 2)} to {text(self.base + SIZE - 2)}, or none",
+            )
+        if value in self._taken:
+            raise UserError(f"{address} is in use by another machine of this network")
+        self._taken.add(value)
+        return text(value)

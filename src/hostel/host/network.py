@@ -1,0 +1,300 @@
+"""The host's side of a machine's NICs: what is made for each, and what the guest is to configure.
+
+::
+
+    Nic.mode                 made on the host                              the guest is told
+    nat, isolated            a tap on a bridge of ours (``net/``)          address, gateway, names
+    bridge, macvtap          a tap or macvtap on an interface of the host  nothing: DHCP, or its own
+    tap, vhost-user          nothing: it is there                          nothing
+    user                     a passt process                               address, gateway, names
+
+All of it goes with the machine, also if that is killed: taps are leased from a keeper (``net/keeper``),
+passt dies with its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from hostel.errors import HostError, SpecError, UserError
+from hostel.spec import Nic, Publish
+
+from .interface import Attachment, GuestLink, Interface
+from .net_plane import choose
+from .runtime import socket_path
+
+OWN = ("nat", "isolated")
+KEPT = (*OWN, "bridge", "macvtap")
+"""Modes with a keeper; all need root."""
+
+_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+_NETWORK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}")
+_LOCALLY_ADMINISTERED, _MULTICAST = 2, 1
+MTU_RANGE = range(576, 65522)
+
+
+class _Place(NamedTuple):
+    """Where the files of the NIC with this number go."""
+
+    runtime: Path
+    number: int
+
+
+class Networks:
+    """What is attached, until ``close``. A context manager."""
+
+    def __init__(self) -> None:
+        self.attachments: tuple[Attachment, ...] = ()
+        self.notes: tuple[str, ...] = ()
+        """What is not ours to mend and still keeps packets back, for the user."""
+        self._undo = contextlib.ExitStack()
+
+    def close(self) -> None:
+        """Give everything back; idempotent."""
+        self._undo.close()
+
+    def __enter__(self) -> Networks:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _add(self, attachment: Attachment, notes: Sequence[str] = ()) -> None:
+        self.attachments += (attachment,)
+        self.notes += tuple(note for note in notes if note not in self.notes)
+
+
+def attach(
+    nics: Sequence[Nic], publish: Sequence[Publish], runtime: Path, name: str, *, cpus: int
+) -> Networks:
+    """Make the host's side of all NICs. Ports are published on the first.
+
+    ``name`` is the machine's, empty if it has none: by it others find it and its MACs stay the same.
+    """
+    checked = check(nics, publish, name, cpus=cpus)
+    networks = Networks()
+    try:
+        for index, nic in enumerate(checked):
+            ports = publish if index == 0 else ()
+            _attach(networks, nic, ports, name, _Place(runtime, index))
+    except BaseException:
+        networks.close()
+        raise
+    return networks
+
+
+def preview(
+    nics: Sequence[Nic], publish: Sequence[Publish], runtime: Path, name: str, *, cpus: int
+) -> Networks:
+    """The same, as far as it can be known with nothing made: as if all networks were new."""
+    networks = Networks()
+    for index, nic in enumerate(check(nics, publish, name, cpus=cpus)):
+        networks._add(_foreseen(nic, runtime, index))
+    return networks
+
+
+def check(nics: Sequence[Nic], publish: Sequence[Publish], name: str, *, cpus: int) -> list[Nic]:
+    """Every NIC with its MAC, and no more queues than vCPUs; ``SpecError`` for what cannot be."""
+    if publish and not nics:
+        raise SpecError("a port is published and there is no network", cure="add --net nat")
+    if publish and nics[0].mode not in (*OWN, "user"):
+        raise SpecError(
+            f"ports cannot be published on a network of mode {nics[0].mode}: the guest has an "
+            "address of its own there",
+            cure="use nat or user for the first network, or reach the guest at its own address",
+        )
+    return [_checked(nic, index, name, cpus) for index, nic in enumerate(nics)]
+
+
+def _checked(nic: Nic, index: int, name: str, cpus: int) -> Nic:
+    from .net import allow
+
+    mac = nic.mac.lower() or _default_mac(name, index)
+    if not _MAC.fullmatch(mac) or int(mac[:2], 16) & _MULTICAST or mac == "00:00:00:00:00:00":
+        raise SpecError(f"not a MAC address for a machine: {nic.mac!r}")
+    if nic.mtu and nic.mtu not in MTU_RANGE:
+        raise SpecError(f"an MTU is {MTU_RANGE[0]} to {MTU_RANGE[-1]}, not {nic.mtu}")
+    if nic.queues < 1:
+        raise SpecError(f"a network interface has one queue or more, not {nic.queues}")
+    if nic.mode in OWN:
+        if nic.target and not _NETWORK.fullmatch(nic.target):
+            raise SpecError(f"not a name of a network: {nic.target!r}")
+    elif nic.mode != "user" and not nic.target:
+        raise SpecError(f"a network of mode {nic.mode} must name what it is on")
+    if nic.mode not in OWN:
+        for value, what in ((nic.allow, "an allow-list"), (nic.address, "an address")):
+            if value:
+                raise SpecError(
+                    f"{what} is for networks of hostel's own, not for {nic.mode}",
+                    cure="use nat or isolated",
+                )
+    for entry in nic.allow or ():
+        allow.parse(entry)
+    return msgspec.structs.replace(nic, mac=mac, queues=min(nic.queues, cpus))
+
+
+def _default_mac(name: str, index: int) -> str:
+    """Locally administered; the same each time for a machine with a name."""
+    digest = sha256(f"{name}/{index}".encode()).digest() if name else os.urandom(8)
+    first = digest[0] & ~_MULTICAST | _LOCALLY_ADMINISTERED
+    return ":".join(f"{byte:02x}" for byte in (first, *digest[1:6]))
+
+
+def _attach(
+    networks: Networks, nic: Nic, publish: Sequence[Publish], name: str, place: _Place
+) -> None:
+    if nic.mode in KEPT:
+        _lease(networks, nic, publish, name)
+    elif nic.mode == "user":
+        from .net import passt
+
+        path = socket_path(place.runtime, f"passt{place.number}")
+        helper, link = passt.start(nic, publish, path)
+        networks._undo.callback(helper.stop)
+        networks._add(Attachment(_interface(nic, "stream", str(path), nic.mtu), link))
+    else:
+        networks._add(_given(nic))
+
+
+def _lease(networks: Networks, nic: Nic, publish: Sequence[Publish], name: str) -> None:
+    from .net.client import Lease
+
+    _need_privileges(nic)
+    request = {
+        "machine": name,
+        "mac": nic.mac,
+        "address": nic.address,
+        "mtu": nic.mtu,
+        "queues": nic.queues,
+        "allow": nic.allow,
+        "publish": [_port(port) for port in publish],
+    }
+    lease = Lease(nic.mode, nic.target, request)
+    networks._undo.callback(lease.close)
+    backend: Literal["tap", "macvtap"] = "macvtap" if nic.mode == "macvtap" else "tap"
+    answer = lease.answer
+    mtu = nic.mtu or (answer["mtu"] if answer["mtu"] != 1500 else 0)
+    interface = _interface(nic, backend, answer["target"], mtu)
+    networks._add(Attachment(interface, _link(nic.mac, answer)), answer.get("notes", ()))
+
+
+def _link(mac: str, answer: dict[str, Any]) -> GuestLink | None:
+    if "addresses" not in answer:
+        return None
+    return GuestLink(
+        mac=mac,
+        addresses=tuple(answer["addresses"]),
+        gateway=answer["gateway"],
+        dns=tuple(answer["dns"]),
+        mtu=answer["mtu"],
+        search=tuple(answer["search"]),
+    )
+
+
+def _interface(
+    nic: Nic, backend: Literal["tap", "macvtap", "stream", "vhost-user"], target: str, mtu: int
+) -> Interface:
+    plane, reason = choose(nic, backend)
+    return Interface(
+        model=nic.model,
+        plane=plane,
+        backend=backend,
+        target=target,
+        mac=nic.mac,
+        mtu=mtu,
+        queues=nic.queues,
+        limits=nic.limits,
+        reason=reason,
+    )
+
+
+def _given(nic: Nic) -> Attachment:
+    """A tap or a socket that somebody else made."""
+    if nic.mode == "tap":
+        from .net import kernel
+
+        if nic.target not in kernel.interfaces():
+            raise UserError(
+                f"there is no interface {nic.target}",
+                cure=f"ip tuntap add dev {nic.target} mode tap vnet_hdr user $USER (as root)",
+            )
+        return Attachment(_interface(nic, "tap", nic.target, nic.mtu), None)
+    path = Path(nic.target)
+    if not path.exists() or not stat.S_ISSOCK(path.stat().st_mode):
+        raise UserError(
+            f"{path} is no socket", cure="start the vhost-user backend first, as a server"
+        )
+    return Attachment(_interface(nic, "vhost-user", str(path.resolve()), nic.mtu), None)
+
+
+def _foreseen(nic: Nic, runtime: Path, index: int) -> Attachment:
+    from .net import fabric, passt, subnet
+
+    if nic.mode in OWN:
+        answer = fabric.foreseen(nic.mode, nic.target, nic.address, nic.mtu)
+        return Attachment(_interface(nic, "tap", answer["target"], nic.mtu), _link(nic.mac, answer))
+    if nic.mode == "user":
+        target = str(runtime / f"passt{index}.sock")
+        return Attachment(
+            _interface(nic, "stream", target, nic.mtu), passt.link(nic, subnet.routes())
+        )
+    if nic.mode == "bridge":
+        return Attachment(_interface(nic, "tap", "hostel-t0", nic.mtu), None)
+    if nic.mode == "macvtap":
+        return Attachment(_interface(nic, "macvtap", "/dev/tap0", nic.mtu), None)
+    return _given(nic)
+
+
+def _need_privileges(nic: Nic) -> None:
+    if os.geteuid() != 0:
+        raise HostError(
+            f"a network of mode {nic.mode} needs root",
+            cost="no bridge, tap or rule can be made",
+            cure="run as root, or use --net user",
+        )
+    try:
+        os.close(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        raise HostError(
+            f"/dev/net/tun: {error.strerror}",
+            cost="no tap can be made",
+            cure="modprobe tun, or use --net user",
+        ) from None
+    if nic.mode in ("bridge", "macvtap"):
+        from .net import kernel
+
+        if nic.target not in kernel.interfaces():
+            raise UserError(f"there is no interface {nic.target}", cure="see: ip link")
+        bridge = f"/sys/class/net/{nic.target}/bridge"
+        if (
+            nic.mode == "bridge"
+            and os.path.exists("/sys/class/net/lo")
+            and not os.path.isdir(bridge)
+        ):
+            raise UserError(f"{nic.target} is no bridge", cure=f"use --net macvtap={nic.target}")
+
+
+def _port(port: Publish) -> tuple[str, int, int, str]:
+    for number in (port.host, port.guest):
+        if number not in range(1, 65536):
+            raise SpecError(f"not a port: {number}")
+    if port.address and not re.fullmatch(r"\d+\.\d+\.\d+\.\d+", port.address):
+        raise SpecError(
+            f"{port.address} is no IPv4 address to publish at", cure="networks of ours carry IPv4"
+        )
+    return port.address, port.host, port.guest, port.protocol
