@@ -25,7 +25,7 @@ LAYERS = (
     ("vmm",),
     ("devices", "virtio", "boot"),
     ("guest", "host"),
-    ("plan", "root", "prepare"),
+    ("plan", "root", "prepare", "disks"),
     ("monitor", "qemu"),
     ("machine",),
     ("cli",),

@@ -44,6 +44,7 @@ from .spec import MIN_MEMORY, MachineSpec, parse_size
 if TYPE_CHECKING:
     from .console import Console
     from .guest.client import AgentClient, GuestProcess, Hello, Ids
+    from .host.storage import Daemon
     from .host.virtiofsd import Share
     from .prepare import Preparation
     from .root import Served
@@ -88,6 +89,7 @@ class Machine:
         self._power = ExitStack()
         """What one power-on has to give back."""
         self._prepared: Preparation | None = None
+        self._daemons: dict[int, Daemon] = {}
         self._engine: Engine | None = None
         self._client: AgentClient | None = None
         self._hello: Hello | None = None
@@ -115,13 +117,15 @@ class Machine:
 
     def _power_on(self) -> None:
         """In the order of the top of this file; after a reboot again, with the same plan."""
-        from . import prepare, root
+        from . import disks, prepare, root
         from .guest.client import AgentClient
 
         shares = self._serve(root.shared_paths(self.spec))
         if self._prepared is None:
             self._prepared = prepare.prepare(self.spec, self._runtime.path)
+            self._undo.enter_context(disks.overlays(self._prepared.plan))
         self._mark("prepare")
+        self._daemons = self._power.enter_context(disks.daemons(self._prepared.plan))
         self._engine = engine = make_engine(self._prepared.plan)
         self._power.callback(engine.stop)
         try:
@@ -130,6 +134,8 @@ class Machine:
             for share in shares:
                 share.check()  # if a daemon has ended, that is the reason
             raise
+        for daemon in self._daemons.values():
+            daemon.wait_up()
         self._mark("start")
         self._client = AgentClient(engine.agent, explain=lambda error: self._explain(engine, error))
         self._power.callback(self._client.close)
@@ -173,7 +179,7 @@ class Machine:
         ``timeout`` seconds for it."""
         with self._lock:
             if self._engine is not None and self._ending is None:
-                if self._hello and any(not drive.disk.read_only for drive in self.plan.disks):
+                if self._hello and any(drive.keeps_writes for drive in self.plan.disks):
                     self._shut_down(timeout)
                 self._ending = self._engine.wait(0) or Ending("stopped")
             self._undo.close()
@@ -209,6 +215,16 @@ class Machine:
         traceback: TracebackType | None,
     ) -> None:
         self.stop()
+
+    def resize_disk(self, index: int, size: int) -> None:
+        """Disk ``index`` of the spec has ``size`` bytes from now on, and the guest sees it. What lay behind a
+        smaller size is lost. A block device has the size that the host gave it: that is the one to name."""
+        from . import disks
+
+        with self._lock:
+            self._running()
+            assert self._engine is not None
+            disks.resize(self.plan, self._engine, self._daemons, index, size)
 
     # -- commands --------------------------------------------------------------------------------
 

@@ -37,10 +37,17 @@ class Drive(msgspec.Struct, frozen=True):
 
     ``socket``: engine kvm: a qemu-storage-daemon serves it there by vhost-user, else we do. Engine qemu
     opens ``disk`` itself, whatever its format. ``disk.format`` and ``disk.plane`` are resolved.
+    ``overlay``: the file that takes the guest's writes instead of ``disk``.
     """
 
     disk: Disk
     socket: Path | None = None
+    overlay: Path | None = None
+
+    @property
+    def keeps_writes(self) -> bool:
+        """Whether what the guest writes is to be there after it."""
+        return not (self.disk.read_only or self.disk.overlay)
 
 
 class Vsock(msgspec.Struct, frozen=True):
@@ -121,6 +128,10 @@ class Engine(Protocol):
 
     def stop(self) -> None:
         """End it at once; idempotent."""
+
+    def resize_disk(self, index: int, size: int) -> None:
+        """The disk has ``size`` bytes from now on: the file is made so unless a daemon has done it, and
+        the guest is told."""
 
     def statistics(self) -> dict[str, Any]:
         """A snapshot of counters."""

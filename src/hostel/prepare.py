@@ -26,7 +26,7 @@ from .host import kernels
 from .host.inputs import checked_disks, readable
 from .host.verdict import verdict
 from .plan import Drive, Plan, Share
-from .spec import MachineSpec
+from .spec import Disk, MachineSpec
 
 if TYPE_CHECKING:
     from .guest.steps import Step
@@ -97,13 +97,13 @@ def prepare(spec: MachineSpec, runtime: Path, *, qemu_args: tuple[str, ...] = ()
             accel=choice.accel,
             append=spec.append,
         ),
-        disks=tuple(Drive(disk) for disk in disks),
+        disks=tuple(_drives(disks, choice, runtime)),
         shares=tuple(Share(s.tag, runtime / f"{s.tag}.sock") for s in served),
         runtime=runtime,
         accel=choice.accel,
         qemu_args=qemu_args,
         balloon=spec.balloon,
-        notes=tuple(_notes(spec)),
+        notes=(*_notes(spec), *_disk_notes(disks)),
     )
     return Preparation(plan, tuple(root.guest_steps(spec, served, len(disks))))
 
@@ -112,6 +112,7 @@ def prepare_raw(spec: MachineSpec, runtime: Path) -> Plan:
     """The plan of ``hostel boot``: any kernel, as it is, with no agent."""
     image = kernels.find(spec.kernel)
     choice = choose_engine(spec)
+    disks = checked_disks(spec.disks)
     return Plan(
         spec=spec,
         engine=choice.engine,
@@ -120,14 +121,45 @@ def prepare_raw(spec: MachineSpec, runtime: Path) -> Plan:
         release=image.release,
         initrd=readable(spec.initrd, "initrd") if spec.initrd else None,
         cmdline=cmdline.build("boot", engine=choice.engine, accel=choice.accel, append=spec.append),
-        disks=tuple(Drive(disk) for disk in checked_disks(spec.disks)),
+        disks=tuple(_drives(disks, choice, runtime)),
         shares=(),
         runtime=runtime,
         agent=False,
         accel=choice.accel,
         balloon=spec.balloon,
-        notes=tuple(_notes(spec)),
+        notes=(*_notes(spec), *_disk_notes(disks)),
     )
+
+
+def _drives(disks: tuple[Disk, ...], choice: Choice, runtime: Path) -> Iterator[Drive]:
+    """Who serves each disk. A daemon's socket and an overlay are made by ``host/storage.py``."""
+    for index, disk in enumerate(disks):
+        plain = disk.format == "raw" and not disk.overlay
+        if disk.plane == "python" and not plain:
+            raise SpecError(
+                f"disk {disk.path}: the Python plane serves raw images without an overlay only",
+                cure="leave the plane to hostel",
+            )
+        overlay = runtime / f"disk{index}.overlay" if disk.overlay else None
+        if choice.engine == "qemu" or (plain and disk.plane != "vhost-user"):
+            yield Drive(disk, overlay=overlay)
+            continue
+        if disk.serial:
+            raise SpecError(
+                f"disk {disk.path}: qemu-storage-daemon gives its disks no serial",
+                cure="use a raw image without an overlay, or --engine qemu",
+            )
+        yield Drive(disk, runtime / f"disk{index}.sock", overlay)
+
+
+def _disk_notes(disks: tuple[Disk, ...]) -> Iterator[str]:
+    from .host import images, storage
+
+    for disk in disks:
+        if doubt := images.doubt(Path(disk.path), disk.format):
+            yield doubt
+        if followed := storage.followed(disk):
+            yield f"disk {disk.path} stands on {', '.join(map(str, followed))}"
 
 
 def _notes(spec: MachineSpec) -> Iterator[str]:

@@ -64,7 +64,13 @@ def root_disk(spec: MachineSpec) -> tuple[Disk, ...]:
     if spec.root.kind != "image":
         return ()
     disk = Disk(path=spec.root.path, read_only=True, serial=ROOT_TAG)
-    return checked_disks((disk,))
+    (checked,) = checked_disks((disk,))
+    if checked.format != "raw":
+        raise UserError(
+            f"root {checked.path} is a {checked.format} image; a root has to be a raw one",
+            cure=f"qemu-img convert -O raw {checked.path} NEW.raw",
+        )
+    return (checked,)
 
 
 def modules(spec: MachineSpec, disks: bool) -> tuple[list[str], list[str]]:

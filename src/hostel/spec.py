@@ -26,6 +26,9 @@ NetPlane = Literal["auto", "python", "vhost", "vhost-user"]
 MAX_CPUS = 32
 MIN_MEMORY = 32 << 20
 DEFAULT_MEMORY = 512 << 20
+MAX_DISK_QUEUES = 16
+MAX_SERIAL = 20
+"""Of a virtio disk, in bytes (virtio 1.2 §5.2.6)."""
 
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
@@ -81,8 +84,16 @@ class Disk(_Part, frozen=True):
     ``unsafe``: a flush does nothing."""
     queues: int = 1
     plane: Literal["auto", "python", "vhost-user"] = "auto"
-    """Who serves it: this process (raw only), or a qemu-storage-daemon."""
+    """Who serves it: this process (raw only), or a qemu-storage-daemon. Engine ``qemu`` does it itself."""
     limits: Limits = Limits()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.queues <= MAX_DISK_QUEUES:
+            raise SpecError(f"a disk has 1 to {MAX_DISK_QUEUES} queues, not {self.queues}")
+        if len(self.serial.encode()) > MAX_SERIAL:
+            raise SpecError(f"a disk's serial has at most {MAX_SERIAL} bytes, not {self.serial!r}")
+        if self.read_only and self.overlay:
+            raise SpecError(f"disk {self.path}: read-only and an overlay exclude each other")
 
 
 class Nic(_Part, frozen=True):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hostel.errors import ImageError
-from hostel.host.filesystem import SECTOR, FileSystem, find_root, image_format
+from hostel.host.filesystem import SECTOR, FileSystem, find_root
 
 START = 2048
 
@@ -36,7 +36,6 @@ def mbr(*entries: bytes) -> bytes:
 
 def test_whole_disk(ext4: Path) -> None:
     assert find_root(ext4) == FileSystem("ext4", 0)
-    assert image_format(ext4) == "raw"
 
 
 def test_largest_partition_of_an_mbr(ext4: Path, tmp_path: Path) -> None:
@@ -76,12 +75,6 @@ def test_hostile_gpt_ends(tmp_path: Path) -> None:
     disk.write_bytes(mbr(entry(0xEE, 1, 1)) + header)
     with pytest.raises(ImageError):
         find_root(disk)
-
-
-def test_container_formats_are_named(tmp_path: Path) -> None:
-    disk = tmp_path / "disk.qcow2"
-    disk.write_bytes(b"QFI\xfb" + bytes(600))
-    assert image_format(disk) == "qcow2"
 
 
 def test_missing_image() -> None:

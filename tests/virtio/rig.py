@@ -183,6 +183,9 @@ class Driver:
     def config(self, offset: int, size: int) -> int:
         return self.rig.read(self.config_address(offset), size)
 
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        self.rig.write(self.config_address(offset), size, value)
+
     # -- common -------------------------------------------------------------------------------
 
     def start(

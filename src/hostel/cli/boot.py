@@ -61,6 +61,7 @@ def command(timeout: float | None, **given: Any) -> int:
 
 @contextlib.contextmanager
 def _started(spec: MachineSpec) -> Iterator[Engine]:
+    from hostel import disks
     from hostel.host.runtime import Runtime, sweep
     from hostel.machine import make_engine
     from hostel.prepare import prepare_raw
@@ -69,12 +70,15 @@ def _started(spec: MachineSpec) -> Iterator[Engine]:
     with Runtime(spec.name) as runtime:
         plan = prepare_raw(spec, runtime.path)
         opt.announce(plan)
-        engine = make_engine(plan)
-        try:
-            engine.start()
-            yield engine
-        finally:
-            engine.stop()
+        with disks.overlays(plan), disks.daemons(plan) as daemons:
+            engine = make_engine(plan)
+            try:
+                engine.start()
+                for daemon in daemons.values():
+                    daemon.wait_up()
+                yield engine
+            finally:
+                engine.stop()
 
 
 class _Session:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from hostel.errors import UserError
-from hostel.spec import Disk, Volume, parse_size
+from hostel.spec import Disk, Limits, Rate, Volume, parse_size
 
 from .say import say
 
@@ -96,12 +96,58 @@ def duration(text: str) -> float:
     return float(match[1]) * _SECONDS[match[2] or "s"]
 
 
+_DISK_WORDS: dict[str, tuple[str, ...]] = {
+    "format": ("raw", "qcow2", "vmdk", "vhdx"),
+    "cache": ("writeback", "writethrough", "none", "unsafe"),
+    "plane": ("auto", "python", "vhost-user"),
+}
+_DISK_RATES = {"bps": "bytes", "iops": "operations"}
+
+
 def disk(text: str) -> Disk:
-    """``PATH`` or ``PATH:ro``."""
-    path, read_only = _suffix(text)
+    """``PATH[:ro][,overlay][,NAME=VALUE…]``; in a path, ``,,`` stands for a comma."""
+    name, *words = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
+    path, read_only = _suffix(name)
     if not path:
         raise UserError(f"not a disk: {text!r}", cure="write PATH or PATH:ro")
-    return Disk(path=path, read_only=read_only)
+    fields: dict[str, Any] = {"path": path, "read_only": read_only}
+    rates: dict[str, int] = {}
+    for word in words:
+        _disk_word(word, fields, rates)
+    return Disk(**fields, limits=_limits(rates))
+
+
+def _disk_word(word: str, fields: dict[str, Any], rates: dict[str, int]) -> None:
+    key, _, value = word.partition("=")
+    if word == "overlay":
+        fields["overlay"] = True
+    elif key == "serial" and value:
+        fields["serial"] = value
+    elif key == "queues" and value.isdecimal():
+        fields["queues"] = int(value)
+    elif value in _DISK_WORDS.get(key, ()):
+        fields[key] = value
+    elif key.removesuffix("-burst") in _DISK_RATES:
+        rates[key] = parse_size(value)
+    else:
+        known = ["overlay", "serial=", "queues=", "bps=", "iops=", "bps-burst=", "iops-burst="]
+        known += [f"{name}={one}" for name, ones in _DISK_WORDS.items() for one in ones]
+        raise UserError(
+            f"not known of a disk: {word!r}{meant(get_close_matches(word, known))}",
+            cure="see hostel run --help; a comma in a path is written twice",
+        )
+
+
+def _limits(rates: dict[str, int]) -> Limits:
+    """From ``bps``, ``iops`` and their bursts."""
+    found = {}
+    for key, name in _DISK_RATES.items():
+        burst = rates.get(f"{key}-burst", 0)
+        if key in rates:
+            found[name] = Rate(per_second=rates[key], burst=burst)
+        elif burst:
+            raise UserError(f"{key}-burst without {key}", cure=f"give {key}=RATE too")
+    return Limits(**found)
 
 
 def volume(text: str) -> Volume:
@@ -189,9 +235,10 @@ def machine(function: F) -> F:
             "disks",
             type=disk,
             multiple=True,
-            metavar="PATH[:ro]",
+            metavar="PATH[:ro][,…]",
             shell_complete=complete_path,
-            help="A raw disk image or block device.",
+            help="A disk: a raw or qcow2 image, a block device; more words: overlay, format=, cache=, "
+            "queues=, serial=, plane=, bps=, iops=, bps-burst=, iops-burst= (docs/disks.md).",
         ),
         option(
             section,

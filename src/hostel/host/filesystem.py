@@ -27,12 +27,6 @@ _MAGIC = (
     ("erofs", 0x400, b"\xe2\xe1\xf5\xe0"),
     ("isofs", 0x8001, b"CD001"),
 )
-_FORMATS = (
-    ("qcow2", 0, b"QFI\xfb"),
-    ("VMDK", 0, b"KDMV"),
-    ("VHDX", 0, b"vhdxfile"),
-    ("VDI", 0x40, b"\x7f\x10\xda\xbe"),
-)
 _MBR_ENTRIES, _MBR_SIGNATURE = 446, 510
 _GPT_PROTECTIVE = 0xEE
 _MAX_GPT_ENTRIES = 128
@@ -51,12 +45,6 @@ class FileSystem(msgspec.Struct, frozen=True):
     def type(self) -> str:
         """As mount(2) names it."""
         return MOUNT_NAMES.get(self.driver, self.driver)
-
-
-def image_format(path: Path) -> str:
-    """``raw``, or the name of a container format that cannot be given to a guest as it is."""
-    with _open(path) as disk:
-        return next((n for n, offset, magic in _FORMATS if disk.has(offset, magic)), "raw")
 
 
 def find_root(path: Path) -> FileSystem:

@@ -5,30 +5,28 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgspec
+
 from hostel.errors import ImageError
 from hostel.spec import Disk
 
 
 def checked_disks(disks: tuple[Disk, ...]) -> tuple[Disk, ...]:
-    """The same with absolute paths; ``ImageError`` for one that cannot be a machine's disk."""
+    """The same with absolute paths and known formats; ``ImageError`` for what cannot be a disk."""
     return tuple(_checked(disk) for disk in disks)
 
 
 def _checked(disk: Disk) -> Disk:
-    from .filesystem import image_format
+    from .images import format_of
 
     path = readable(disk.path, "disk")
     if path.is_dir():
-        raise ImageError(f"disk {path} is a directory", cure="give a raw image or a block device")
-    if not disk.read_only and not os.access(path, os.W_OK):
-        raise ImageError(f"disk {path} cannot be written", cure=f"give {disk.path}:ro")
-    found = image_format(path)
-    if found != "raw":
+        raise ImageError(f"disk {path} is a directory", cure="give an image or a block device")
+    if not (disk.read_only or disk.overlay or os.access(path, os.W_OK)):
         raise ImageError(
-            f"disk {path} is a {found} image; only raw ones are taken",
-            cure=f"qemu-img convert -O raw {path} {path.stem}.raw",
+            f"disk {path} cannot be written", cure=f"give {disk.path}:ro, or {disk.path},overlay"
         )
-    return Disk(path=str(path), read_only=disk.read_only, serial=disk.serial)
+    return msgspec.structs.replace(disk, path=str(path), format=format_of(path, disk.format))
 
 
 def readable(text: str, what: str) -> Path:

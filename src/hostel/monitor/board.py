@@ -32,7 +32,7 @@ from hostel.vmm.vcpu_thread import VcpuThread
 
 from .seats import SEATS
 from .terminal import Terminal, is_dev_console
-from .virtio import seat_on_mmio, seat_on_pci
+from .virtio import Resizable, disk_name, seat_on_mmio, seat_on_pci
 
 
 class Owner(Protocol):
@@ -209,6 +209,11 @@ class Board:
         for device in self.ports.devices():
             if poll := getattr(device, "poll_input", None):
                 self.enter(device, poll)
+
+    def resize_disk(self, index: int, size: int) -> None:
+        disk = next(device for device in self.virtio if device.name == disk_name(index))
+        assert isinstance(disk, Resizable)
+        disk.resize(size)
 
     # -- statistics ---------------------------------------------------------------------------
 

@@ -101,6 +101,13 @@ class Monitor:
             self._end(Ending("stopped"))
         self._settled.wait()
 
+    def resize_disk(self, index: int, size: int) -> None:
+        with self._lock:
+            board = self._board
+        if board is None:
+            raise MachineStopped("the machine does not run")
+        board.resize_disk(index, size)
+
     def statistics(self) -> dict[str, Any]:
         """Counters of the present power-on; the last ones when it has ended."""
         with self._lock:

@@ -18,13 +18,13 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from hostel.boot.acpi import MmioDevice
 from hostel.errors import SpecError
 from hostel.kvm import Vm
 from hostel.memory import Region
-from hostel.plan import AGENT_PORT
+from hostel.plan import AGENT_PORT, Drive
 from hostel.virtio.console import Console as VirtioConsole
 from hostel.virtio.console import Port
 from hostel.virtio.device import VirtioDevice
@@ -117,18 +117,43 @@ def _rng(board: Board) -> VirtioDevice:
 
 
 def _disks(board: Board) -> Iterator[Callable[[], VirtioDevice]]:
+    for index, drive in enumerate(board.plan.disks):
+        yield partial(_disk, board, drive, disk_name(index))
+
+
+def disk_name(index: int) -> str:
+    return f"disk {index}"
+
+
+@runtime_checkable
+class Resizable(Protocol):
+    """A disk whose size may change while the guest runs."""
+
+    def resize(self, size: int) -> None: ...
+
+
+def _disk(board: Board, drive: Drive, name: str) -> VirtioDevice:
+    if drive.socket is not None:
+        from hostel.virtio.vhost_user_blk import VhostUserBlk
+
+        return VhostUserBlk(
+            board.loop,
+            drive.socket,
+            name=name,
+            queues=drive.disk.queues,
+            write_cache=drive.disk.cache != "writethrough",
+        )
     from hostel.virtio.block import Block
 
-    for index, drive in enumerate(board.plan.disks):
-        disk = drive.disk
-        yield partial(
-            Block,
-            board.loop,
-            disk.path,
-            name=f"disk {index}",
-            read_only=disk.read_only,
-            serial=disk.serial,
-        )
+    disk = drive.disk
+    return Block(
+        board.loop,
+        disk.path,
+        name=name,
+        read_only=disk.read_only,
+        serial=disk.serial,
+        queues=disk.queues,
+    )
 
 
 def _shares(board: Board) -> Iterator[Callable[[], VirtioDevice]]:

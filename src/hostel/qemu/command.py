@@ -19,11 +19,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from hostel.errors import UserError
-from hostel.plan import AGENT_PORT, Plan
-from hostel.spec import Disk
+from hostel.host import storage
+from hostel.plan import AGENT_PORT, Drive, Plan
 from hostel.vmm.layout import PORT_DEBUG_CONSOLE, PORT_DEBUG_EXIT
 
 MIB = 1 << 20
@@ -58,7 +57,7 @@ def arguments(plan: Plan, kernel: Path, cmdline: str, fds: Mapping[str, int]) ->
         yield from ("-d", "cpu_reset", "-D", f"/proc/self/fd/{fds['log']}")
     yield from _device(plan, "virtio-rng")
     for index, drive in enumerate(plan.disks):
-        yield from _disk(plan, index, drive.disk)
+        yield from _disk(plan, index, drive)
     for share in plan.shares:
         path = str(share.socket).replace(",", ",,")
         yield from ("-chardev", f"socket,id=fs-{share.tag},path={path}")
@@ -116,18 +115,15 @@ def _streams(plan: Plan, fds: Mapping[str, int]) -> Iterator[str]:
         yield from _json("isa-debug-exit", iobase=PORT_DEBUG_EXIT, iosize=4)
 
 
-def _disk(plan: Plan, index: int, disk: Disk) -> Iterator[str]:
-    node = f"disk{index}"
-    file = {"driver": _driver(disk.path), "filename": disk.path}
-    drive: dict[str, Any] = {"driver": "raw", "node-name": node, "file": file}
-    drive |= {"read-only": disk.read_only, "discard": "unmap"}
-    yield from ("-blockdev", json.dumps(drive))
+def _disk(plan: Plan, index: int, drive: Drive) -> Iterator[str]:
+    disk, node = drive.disk, f"disk{index}"
+    if group := storage.limits(disk, node):
+        yield from ("-object", json.dumps(group))
+    yield from ("-blockdev", json.dumps(storage.graph(disk, node, drive.overlay)))
     serial = {"serial": disk.serial} if disk.serial else {}
-    yield from _device(plan, "virtio-blk", drive=node, **serial)
-
-
-def _driver(path: str) -> str:
-    return "host_device" if Path(path).is_block_device() else "file"
+    through = {"write-cache": "off"} if disk.cache == "writethrough" else {}
+    queues = {"num-queues": disk.queues}
+    yield from _device(plan, "virtio-blk", drive=node, **serial, **through, **queues)
 
 
 def _device(plan: Plan, name: str, **properties: str | int | bool) -> Iterator[str]:

@@ -116,9 +116,14 @@ class QemuEngine:
             if self._helper is None:
                 self._finish(Ending("stopped"))
                 return
-        writable = any(not drive.disk.read_only for drive in self.plan.disks)
+        writable = any(drive.keeps_writes for drive in self.plan.disks)
         self._helper.stop(GRACE if writable else 0)
         self._settled.wait()
+
+    def resize_disk(self, index: int, size: int) -> None:
+        if self._helper is None:
+            raise MachineStopped("the machine does not run")
+        self._control.execute("block_resize", **{"node-name": f"disk{index}", "size": size})
 
     def statistics(self) -> dict[str, Any]:
         """What the host says of the QEMU process."""

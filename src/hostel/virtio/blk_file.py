@@ -13,7 +13,7 @@ import stat
 import struct
 from collections.abc import Callable, Sequence
 
-from hostel.errors import ImageError
+from hostel.errors import ImageError, SpecError
 
 from .queue import take, total
 
@@ -80,6 +80,14 @@ class DiskFile:
     def refresh(self) -> None:
         """Look at the size again."""
         self.size = self._measure()
+
+    def resize(self, size: int) -> None:
+        """A file is made so; a device has the size that the host gave it."""
+        if not self.is_device:
+            os.ftruncate(self.fd, size)
+        self.refresh()
+        if self.size != size:
+            raise SpecError(f"disk {self.path} has {self.size} bytes, not {size}")
 
     def close(self) -> None:
         if self.fd >= 0:

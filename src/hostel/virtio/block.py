@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from hostel.abi import virtio as abi
-from hostel.errors import QueueError
+from hostel.errors import HostError, QueueError
 from hostel.vmm.loop import EventLoop
 
 from .blk_file import DiskFile
@@ -116,6 +116,14 @@ class Block(QueueDevice):
             self.disk.refresh()
             self._describe()
         self.config_changed()
+
+    def resize(self, size: int) -> None:
+        """Make the disk ``size`` bytes large, and tell the guest."""
+        try:
+            self.disk.resize(size)
+        except OSError as error:
+            raise HostError(f"disk {self.disk.path} keeps its size: {error.strerror}") from None
+        self.refresh()
 
     # -- event loop ---------------------------------------------------------------------------
 

@@ -6,13 +6,12 @@ The guest mounts it by its tag: ``mount -t virtiofs TAG /mnt``.
 from __future__ import annotations
 
 import os
-import socket
 
 from hostel.abi import virtio as abi
-from hostel.errors import HelperError, SpecError
+from hostel.errors import SpecError
 from hostel.vmm.loop import EventLoop
 
-from .vhost_user import VhostUserDevice
+from .vhost_user import VhostUserDevice, connect
 
 TAG_BYTES = 36
 QUEUE_SIZE = 512
@@ -36,14 +35,6 @@ class VirtioFs(VhostUserDevice):
             )
         self.config = abi.FS_CONFIG.pack(encoded, REQUEST_QUEUES)
         sizes = (QUEUE_SIZE,) * (1 + REQUEST_QUEUES)  # the high-priority queue comes first
-        super().__init__(loop, _connect(path), name=name or f"fs {tag}", queue_sizes=sizes)
-
-
-def _connect(path: str | os.PathLike[str]) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.connect(os.fspath(path))
-    except OSError as error:
-        sock.close()
-        raise HelperError(f"virtiofsd at {path} cannot be reached: {error.strerror}") from None
-    return sock
+        super().__init__(
+            loop, connect(path, "virtiofsd"), name=name or f"fs {tag}", queue_sizes=sizes
+        )

@@ -16,6 +16,7 @@ reset that it will not recover from, and the machine lives.
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections.abc import Sequence
@@ -316,3 +317,14 @@ class VhostUserDevice(VirtioDevice):
             self._alive = False
             self._loop.remove(self.frontend.fileno())
             self.frontend.close()
+
+
+def connect(path: str | os.PathLike[str], what: str) -> socket.socket:
+    """To a backend, ``what``, whose socket is bound already; it may come to listen later."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.connect(os.fspath(path))
+    except OSError as error:
+        sock.close()
+        raise HelperError(f"{what} at {path} cannot be reached: {error.strerror}") from None
+    return sock

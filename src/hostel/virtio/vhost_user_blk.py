@@ -1,0 +1,91 @@
+"""Block (virtio 1.2 §5.2) whose queues another process serves: a qemu-storage-daemon, for any format.
+
+The config space is the backend's, read once a driver looks. What we keep of it is the capacity, once
+the image was resized: daemons before QEMU 8 neither say so nor show it, though they serve what is new.
+"""
+
+from __future__ import annotations
+
+import os
+
+from hostel.abi import virtio as abi
+from hostel.errors import HelperError
+from hostel.vmm.loop import EventLoop
+
+from .vhost_user import VhostUserDevice, connect
+
+QUEUE_SIZE = 128
+"""As QEMU has it beside a backend whose requests have up to 126 segments."""
+CONFIG_BYTES = abi.BLK_CONFIG.offsets["max_secure_erase_sectors"]
+"""What every backend has of it; the rest is younger than most of them."""
+_CAPACITY_BYTES = 8
+_WCE = abi.BLK_CONFIG.offsets["wce"]
+_FEATURES = (
+    abi.BLK_F_SIZE_MAX,
+    abi.BLK_F_SEG_MAX,
+    abi.BLK_F_RO,
+    abi.BLK_F_BLK_SIZE,
+    abi.BLK_F_FLUSH,
+    abi.BLK_F_TOPOLOGY,
+    abi.BLK_F_CONFIG_WCE,
+    abi.BLK_F_MQ,
+    abi.BLK_F_DISCARD,
+    abi.BLK_F_WRITE_ZEROES,
+)
+
+
+class VhostUserBlk(VhostUserDevice):
+    """``path`` is a socket that listens already; the daemon may come to it later."""
+
+    device_id = abi.ID_BLOCK
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        path: str | os.PathLike[str],
+        *,
+        name: str,
+        queues: int = 1,
+        write_cache: bool = True,
+    ) -> None:
+        super().__init__(
+            loop,
+            connect(path, "qemu-storage-daemon"),
+            name=name,
+            queue_sizes=(QUEUE_SIZE,) * queues,
+            device_features=sum(1 << bit for bit in _FEATURES),
+        )
+        self._capacity: bytes | None = None
+        self._write_cache = write_cache
+
+    def prepare(self) -> None:
+        super().prepare()
+        with self._lock:
+            if self.features >> abi.BLK_F_CONFIG_WCE & 1:
+                # a daemon before QEMU 8 says "no cache" and has one: the guest would not flush it
+                self.frontend.set_config(_WCE, bytes([self._write_cache]))
+            self._read_config()
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The write cache is all that a driver may set (§5.2.5)."""
+        if offset == _WCE and len(data) == 1 and self.features >> abi.BLK_F_CONFIG_WCE & 1:
+            with self._lock:
+                try:
+                    self._require_alive()
+                    self.frontend.set_config(offset, data)
+                    self._read_config()
+                except HelperError as error:
+                    self.fail(error)
+
+    def resize(self, size: int) -> None:
+        """The image has ``size`` bytes now: tell the guest."""
+        with self._lock:
+            self._capacity = (size // abi.BLK_SECTOR).to_bytes(_CAPACITY_BYTES, "little")
+            self.config = self._capacity + self.config[_CAPACITY_BYTES:]
+        self.config_changed()
+
+    def _read_config(self) -> None:
+        config = self.frontend.get_config(0, CONFIG_BYTES)
+        if len(config) != CONFIG_BYTES:
+            raise HelperError(f"{self.name}: the backend has {len(config)} bytes of config space")
+        self.config = (self._capacity or config[:_CAPACITY_BYTES]) + config[_CAPACITY_BYTES:]
