@@ -229,17 +229,7 @@ def machine(function: F) -> F:
             help="A further initramfs.",
         ),
         option(section, "--append", default="", metavar="TEXT", help="More kernel command line."),
-        option(
-            section,
-            "--disk",
-            "disks",
-            type=disk,
-            multiple=True,
-            metavar="PATH[:ro][,…]",
-            shell_complete=complete_path,
-            help="A disk: a raw or qcow2 image, a block device; more words: overlay, format=, cache=, "
-            "queues=, serial=, plane=, bps=, iops=, bps-burst=, iops-burst= (docs/disks.md).",
-        ),
+        disk_option(section),
         option(
             section,
             "--pin",
@@ -261,6 +251,20 @@ def machine(function: F) -> F:
             default="pci",
             help="How virtio devices are attached. [default: pci]",
         ),
+    )
+
+
+def disk_option(section: str) -> Callable[[F], F]:
+    return option(
+        section,
+        "--disk",
+        "disks",
+        type=disk,
+        multiple=True,
+        metavar="PATH[:ro][,…]",
+        shell_complete=complete_path,
+        help="A disk: a raw or qcow2 image, a block device. More words: overlay, format=, cache=, "
+        "queues=, serial=, plane=, bps=, iops=, bps-burst=, iops-burst= (docs/disks.md).",
     )
 
 
