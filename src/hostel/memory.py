@@ -108,6 +108,8 @@ class GuestMemory:
 
     def view(self, gpa: int, size: int) -> memoryview:
         """Writable, zero-copy."""
+        if size >= 0 <= gpa and gpa + size <= self._low_size:  # nearly always: spare a call
+            return self._bytes[gpa : gpa + size]
         start = self._offset(gpa, size)
         return self._bytes[start : start + size]
 

@@ -26,7 +26,7 @@ x86 never reorders anything around.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 
 from hostel.abi import virtio as abi
@@ -41,6 +41,9 @@ MAX_BYTES = 0xFFFF_FFFF
 _CHAINED = abi.DESC_F_NEXT
 _WRITE = abi.DESC_F_WRITE
 _INDIRECT = abi.DESC_F_INDIRECT
+_ALONE = (0, _WRITE)
+"""Flags of a descriptor that is a chain by itself."""
+_unpack_descriptor = abi.DESC.unpack_from
 
 
 class Fault(StrEnum):
@@ -156,18 +159,43 @@ class Queue:
 
     def pop(self) -> Chain | None:
         """The next chain, or ``None`` where the driver offers no more."""
-        waiting = (self._avail[1] - self.next_avail) & 0xFFFF
-        if not waiting:
+        if not self._waiting():
             return None
+        chain = self._chain_at(self.next_avail)
+        self.next_avail += 1
+        return chain
+
+    def pop_batch(self, limit: int) -> list[Chain]:
+        """The next chains, at most ``limit``."""
+        first, chain_at = self.next_avail, self._chain_at
+        chains = [chain_at(at) for at in range(first, first + min(self._waiting(), limit))]
+        self.next_avail += len(chains)
+        return chains
+
+    def _waiting(self) -> int:
+        waiting = (self._avail[1] - self.next_avail) & 0xFFFF
         if waiting > self.size:
             raise VirtqueueError(Fault.INDEX_JUMP, f"by {waiting}, size {self.size}")
-        head = self._avail[2 + (self.next_avail & self._mask)]
+        return waiting
+
+    def _chain_at(self, index: int) -> Chain:
+        head = self._avail[2 + (index & self._mask)]
         if head >= self.size:
             raise VirtqueueError(Fault.HEAD_OUT_OF_RANGE, f"{head}, size {self.size}")
         chain = Chain(head)
-        self._walk(chain, self._desc, self.size, head, direct=True)
-        self.next_avail += 1
+        address, length, flags, _ = _unpack_descriptor(self._desc, head << 4)
+        if length and flags in _ALONE:  # most of a NIC's buffers: spare them the loop
+            (chain.writable if flags else chain.readable).append(self._buffer(address, length))
+            chain.size = length
+        else:
+            self._walk(chain, self._desc, self.size, head, direct=True)
         return chain
+
+    def _buffer(self, address: int, length: int) -> memoryview:
+        try:
+            return self._memory.view(address, length)
+        except MemoryFault as error:
+            raise VirtqueueError(Fault.BUFFER_OUTSIDE, error.message) from None
 
     def unpop(self, count: int = 1) -> None:
         """Forget the last ``count`` pops: the same chains come again."""
@@ -180,22 +208,51 @@ class Queue:
         self.next_used += 1
         self._used_words[1] = self.next_used & 0xFFFF
 
+    def push_batch(self, done: Iterable[tuple[int, int]]) -> None:
+        """Several at once, as (head, bytes written): the driver sees all of them or none."""
+        pack_into, used, mask, at = abi.USED_ELEM.pack_into, self._used, self._mask, self.next_used
+        for head, written in done:
+            pack_into(used, abi.RING_HEADER_SIZE + (at & mask) * 8, head, written)
+            at += 1
+        self.next_used = at
+        self._used_words[1] = at & 0xFFFF
+
     def _walk(
         self, chain: Chain, table: memoryview | bytes, entries: int, at: int, *, direct: bool
     ) -> None:
+        readable, writable = chain.readable, chain.writable
         for _ in range(entries):
-            address, length, flags, following = abi.DESC.unpack_from(table, abi.DESC.size * at)
+            address, length, flags, following = _unpack_descriptor(table, at << 4)
             if flags & _INDIRECT:
                 if not direct:
                     raise VirtqueueError(Fault.INDIRECT_IN_INDIRECT, f"entry {at}")
                 self._walk_indirect(chain, address, length, flags)
                 return
-            self._add(chain, address, length, flags)
+            if not length:
+                raise VirtqueueError(Fault.ZERO_LENGTH, f"at {address:#x}")
+            buffer = self._buffer(address, length)
+            if flags & _WRITE:
+                writable.append(buffer)
+            elif writable:
+                raise VirtqueueError(Fault.READABLE_AFTER_WRITABLE, f"at {address:#x}")
+            else:
+                readable.append(buffer)
+            chain.size += length
             if not flags & _CHAINED:
+                if len(readable) + len(writable) > MAX_BUFFERS or chain.size > MAX_BYTES:
+                    break
                 return
             if following >= entries:
                 raise VirtqueueError(Fault.NEXT_OUT_OF_RANGE, f"{following} of {entries}")
             at = following
+        self._refuse(chain, entries)
+
+    def _refuse(self, chain: Chain, entries: int) -> None:
+        """A chain that ends too late, or not at all."""
+        if chain.size > MAX_BYTES:
+            raise VirtqueueError(Fault.TOO_MANY_BYTES, f"head {chain.head}")
+        if len(chain.readable) + len(chain.writable) > MAX_BUFFERS:
+            raise VirtqueueError(Fault.TOO_LONG, f"more than {MAX_BUFFERS}")
         raise VirtqueueError(Fault.LOOP, f"head {chain.head}, {entries} entries")
 
     def _walk_indirect(self, chain: Chain, address: int, length: int, flags: int) -> None:
@@ -214,25 +271,6 @@ class Queue:
         except MemoryFault as error:
             raise VirtqueueError(Fault.INDIRECT_OUTSIDE, error.message) from None
         self._walk(chain, table, entries, 0, direct=False)
-
-    def _add(self, chain: Chain, address: int, length: int, flags: int) -> None:
-        if not length:
-            raise VirtqueueError(Fault.ZERO_LENGTH, f"at {address:#x}")
-        try:
-            buffer = self._memory.view(address, length)
-        except MemoryFault as error:
-            raise VirtqueueError(Fault.BUFFER_OUTSIDE, error.message) from None
-        if flags & _WRITE:
-            chain.writable.append(buffer)
-        elif chain.writable:
-            raise VirtqueueError(Fault.READABLE_AFTER_WRITABLE, f"at {address:#x}")
-        else:
-            chain.readable.append(buffer)
-        chain.size += length
-        if chain.size > MAX_BYTES:
-            raise VirtqueueError(Fault.TOO_MANY_BYTES, f"head {chain.head}")
-        if len(chain.readable) + len(chain.writable) > MAX_BUFFERS:
-            raise VirtqueueError(Fault.TOO_LONG, f"more than {MAX_BUFFERS}")
 
     # -- notification -------------------------------------------------------------------------
 
