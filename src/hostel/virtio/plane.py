@@ -42,9 +42,11 @@ class ServedQueue:
         self.interrupts = 0
         self._queue = queue
         self._call = wiring.call
-        self.push = queue.push
-        self.pop = queue.pop
+        self.push, self.push_batch = queue.push, queue.push_batch
+        self.pop, self.pop_batch = queue.pop, queue.pop_batch
         self.unpop = queue.unpop
+        self.enable_notifications = queue.enable_notifications
+        self.disable_notifications = queue.disable_notifications
 
     def chains(self) -> Iterator[Chain]:
         """All that is there, up to ``BATCH``; whoever stops early has to ``stall``."""
@@ -58,9 +60,6 @@ class ServedQueue:
                 return
             yield chain
         self.kick_self()
-
-    def enable_notifications(self) -> bool:
-        return self._queue.enable_notifications()
 
     def kick_self(self) -> None:
         """Serve this queue again, after the others."""

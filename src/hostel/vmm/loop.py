@@ -27,7 +27,9 @@ Callback = Callable[[], None]
 class EventLoop:
     """``start`` to ``stop``. ``on_error`` gets what a callback raises; the loop goes on."""
 
-    def __init__(self, on_error: Callable[[Exception], None] | None = None) -> None:
+    def __init__(
+        self, on_error: Callable[[Exception], None] | None = None, *, name: str = "hostel-loop"
+    ) -> None:
         self._on_error = on_error
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callback] = {}
@@ -39,7 +41,7 @@ class EventLoop:
         self._running = False
         self._closed = False
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="hostel-loop", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
         self._running = True
