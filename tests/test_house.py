@@ -56,8 +56,8 @@ ABI_MAY_IMPORT = {
 }
 """abi/ does no I/O: layouts and numbers need no more than this."""
 
-IOCTL_USERS = ("kvm/", "virtio/blk", "virtio/vhost", "host/", "cli/")
-"""Who issues ioctls: KVM's, a block device's size, vhost's, a probe of the host, a terminal's."""
+IOCTL_USERS = ("kvm/", "virtio/blk", "virtio/vhost", "virtio/net_port", "host/", "cli/")
+"""Who issues ioctls: KVM's, a block device's size, vhost's, a tap's, a probe of the host, a terminal's."""
 
 PROGRAM_STARTERS = ("host/", "guest/build", "qemu/")
 """Who starts programs. All else asks host/."""

@@ -78,6 +78,8 @@ def modules(spec: MachineSpec, disks: bool) -> tuple[list[str], list[str]]:
     wanted = [f"virtio_{spec.transport}", "virtio_console"]
     if disks:
         wanted.append("virtio_blk")
+    if any(nic.model == "virtio" for nic in spec.nics):
+        wanted.append("virtio_net")
     if spec.root.kind in ("host", "directory") or spec.volumes:
         wanted.append("virtiofs")
     if spec.root.kind != "none":

@@ -9,12 +9,12 @@ from types import ModuleType
 
 import pytest
 
-from hostel.abi import pci, virtio
+from hostel.abi import pci, tun, virtio, virtio_net
 from hostel.abi.record import Record
 
 HEADERS = """
 virtio_config virtio_ids virtio_ring virtio_pci virtio_mmio virtio_blk virtio_console virtio_fs pci_regs
-virtio_balloon virtio_vsock
+virtio_balloon virtio_vsock virtio_net if_tun
 """
 OURS_ALONE = {
     # Not in a header: they come from the text of the specification (§4.1.2, §4.2.2, §2.7, §5.2).
@@ -34,6 +34,7 @@ OURS_ALONE = {
     "DEVICES",
     "MSIX_ENTRY",
 }
+MODULES = ((virtio, "VIRTIO_"), (pci, "PCI_"), (virtio_net, "VIRTIO_NET_"), (tun, ""))
 C_NAMES = {
     "DESC_F_NEXT": "VRING_DESC_F_NEXT",
     "DESC_F_WRITE": "VRING_DESC_F_WRITE",
@@ -50,8 +51,12 @@ def numbers(module: ModuleType, prefix: str) -> Iterator[tuple[str, int]]:
             yield C_NAMES.get(name, prefix + name), value
 
 
+def all_numbers() -> dict[str, int]:
+    return dict(pair for module, prefix in MODULES for pair in numbers(module, prefix))
+
+
 def records() -> Iterator[Record]:
-    for name, value in vars(virtio).items():
+    for name, value in (*vars(virtio).items(), *vars(virtio_net).items()):
         if isinstance(value, Record) and name not in OURS_ALONE:
             yield value
 
@@ -59,7 +64,7 @@ def records() -> Iterator[Record]:
 @pytest.fixture(scope="module")
 def c_values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """Every expression below, as the C compiler sees it."""
-    names = [name for name, _ in (*numbers(virtio, "VIRTIO_"), *numbers(pci, "PCI_"))]
+    names = list(all_numbers())
     for record in records():
         names.append(f"sizeof(struct {record.c_name})")
         names += [f"offsetof(struct {record.c_name}, {field})" for field in record.offsets]
@@ -78,7 +83,7 @@ def c_values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 
 
 def test_constants(c_values: dict[str, int]) -> None:
-    ours = dict((*numbers(virtio, "VIRTIO_"), *numbers(pci, "PCI_")))
+    ours = all_numbers()
     assert len(ours) > 100
     assert ours == {name: c_values[name] for name in ours}
 

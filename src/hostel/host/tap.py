@@ -21,7 +21,10 @@ FLAGS = tun.IFF_TAP | tun.IFF_NO_PI | tun.IFF_VNET_HDR
 _REASONS = {
     errno.EINVAL: ("is no tap, or has no several queues", "ip tuntap add {} mode tap multi_queue"),
     errno.EBUSY: ("is in use", "stop the machine or program that has it, or use another one"),
-    errno.EPERM: ("may not be used by this user", "ip tuntap add {} mode tap user NAME, or be root"),
+    errno.EPERM: (
+        "may not be used by this user",
+        "ip tuntap add {} mode tap user NAME, or be root",
+    ),
     errno.EACCES: ("may not be used by this user", "become root, or its owner"),
     errno.E2BIG: ("has no more queues", "ask for fewer"),
     errno.ENOENT: ("does not exist", "modprobe tun (or macvtap)"),

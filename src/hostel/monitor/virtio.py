@@ -6,6 +6,7 @@
     rng
     disks     in the plan's order: vda, vdb …
     shares    file systems, each a vhost-user daemon that listens on a socket
+    nics      those of model virtio, in the plan's order: eth0, eth1 …
     balloon   if the plan wants one
 """
 
@@ -33,6 +34,7 @@ from hostel.virtio.pci import VirtioPci
 from hostel.vmm import layout
 from hostel.vmm.pci import PciBus
 
+from .nic import virtio_nics
 from .terminal import Terminal
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ def seat_on_mmio(board: Board, undo: ExitStack) -> None:
 
 def _makers(board: Board, limit: int) -> list[Callable[[], VirtioDevice]]:
     makers: list[Callable[[], VirtioDevice]] = [partial(_console, board), partial(_rng, board)]
-    makers += [*_disks(board), *_shares(board), *_balloon(board)]
+    makers += [*_disks(board), *_shares(board), *virtio_nics(board), *_balloon(board)]
     if len(makers) > limit:
         raise SpecError(
             f"the machine has {len(makers)} virtio devices; {board.plan.spec.transport} has room"

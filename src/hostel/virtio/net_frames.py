@@ -96,9 +96,10 @@ class Receiver:
                 break
             if not self._gate.open and not self._accepts():
                 self.filtered += 1
-            elif not self._deliver(length, done):
+                continue
+            if not self._deliver(length, done):
                 break
-            elif self._gate.limited and (pause := self._gate.limiter.take(length - HEADER)):
+            if self._gate.limited and (pause := self._gate.limiter.take(length - HEADER)):
                 break
         else:
             self.queue.kick_self()
@@ -261,7 +262,11 @@ class Transmitter:
         if done:
             queue.push_batch(done)
             queue.interrupt()
-        if not self.blocked and not pause and (len(chains) == BATCH or queue.enable_notifications()):
+        if (
+            not self.blocked
+            and not pause
+            and (len(chains) == BATCH or queue.enable_notifications())
+        ):
             queue.kick_self()
         return pause
 

@@ -13,7 +13,6 @@ A pair's rings are touched by its thread alone, which has ended when ``stop`` re
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
