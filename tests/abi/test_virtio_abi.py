@@ -69,7 +69,8 @@ def c_values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
         names.append(f"sizeof(struct {record.c_name})")
         names += [f"offsetof(struct {record.c_name}, {field})" for field in record.offsets]
     lines = [f"#include <linux/{header}.h>" for header in HEADERS.split()]
-    lines += ["#include <stddef.h>", "#include <stdio.h>", "int main(void) {"]
+    lines += ["#include <sys/ioctl.h>", "#include <stddef.h>", "#include <stdio.h>"]
+    lines.append("int main(void) {")
     lines += [f'  printf("{name}=%llu\\n", (unsigned long long)({name}));' for name in names]
     directory: Path = tmp_path_factory.mktemp("probe")
     source = directory / "probe.c"

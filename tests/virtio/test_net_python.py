@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from hostel.abi import virtio_net as abi
 from hostel.host.tap import open_tap
-from hostel.spec import Limits, Rate
+from hostel.spec import Limits
 from hostel.virtio.net import Net
 from hostel.virtio.net_port import HEADER, TapPort
-from hostel.virtio.net_python import PythonPlane
+from hostel.virtio.net_python import UNLIMITED, PythonPlane
 from virtio.netns import GUEST_MAC, HOST_MAC, Namespace, frame, make_tap, raw_socket
 from virtio.rig import EVENT_INDEX, Driver, Rig
 
@@ -29,7 +28,7 @@ def net() -> Iterator[Namespace]:
         yield net
 
 
-def seat(rig: Rig, net: Namespace, transport: str = "pci", limits: Limits = Limits()) -> Driver:
+def seat(rig: Rig, net: Namespace, transport: str = "pci", limits: Limits = UNLIMITED) -> Driver:
     fds = net.call(open_tap, "tap0")
     plane = PythonPlane([TapPort(fd) for fd in fds], limits)
     return rig.seat(transport, Net(rig.loop, plane, mac=GUEST_MAC))
