@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -304,6 +305,20 @@ class Machine:
         self.wait_ready()
         assert self._engine is not None
         return self._engine.balloon(target)
+
+    def vsock_connect(self, port: int) -> socket.socket:
+        """A stream to the program that listens on vsock ``port`` of the guest."""
+        from .host import vsock
+
+        self.wait_ready()
+        return vsock.connect(self._runtime.path, port)
+
+    def vsock_listen(self, port: int) -> socket.socket:
+        """A listening socket for the guest's connections to ``port`` of its host (CID 2)."""
+        from .host import vsock
+
+        self._running()
+        return vsock.listen(self._runtime.path, port)
 
     # -- what can be seen ------------------------------------------------------------------------
 

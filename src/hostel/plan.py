@@ -51,11 +51,14 @@ class Drive(msgspec.Struct, frozen=True):
 
 
 class Vsock(msgspec.Struct, frozen=True):
-    """The guest's address, and who serves it; ``directory`` is where the host's Unix sockets are."""
+    """``directory`` is where the host's end is found (``host/vsock.py``)."""
 
     cid: int
+    """The guest's address. Plane ``vhost``: the first that is tried; which one it was is told there."""
     plane: Literal["vhost", "python"]
     directory: Path
+    reason: str = ""
+    """Why this plane, for a person."""
 
 
 class Plan(msgspec.Struct, frozen=True):

@@ -25,7 +25,7 @@ from .errors import KvmError, SpecError
 from .host import kernels
 from .host.inputs import checked_disks, readable
 from .host.verdict import verdict
-from .plan import Drive, Plan, Share
+from .plan import Drive, Plan, Share, Vsock
 from .spec import Disk, MachineSpec
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def prepare(spec: MachineSpec, runtime: Path, *, qemu_args: tuple[str, ...] = ()
         runtime=runtime,
         accel=choice.accel,
         qemu_args=qemu_args,
+        vsock=_vsock(spec, runtime),
         balloon=spec.balloon,
         notes=(*_notes(spec), *_disk_notes(disks)),
     )
@@ -126,6 +127,7 @@ def prepare_raw(spec: MachineSpec, runtime: Path) -> Plan:
         runtime=runtime,
         agent=False,
         accel=choice.accel,
+        vsock=_vsock(spec, runtime),
         balloon=spec.balloon,
         notes=(*_notes(spec), *_disk_notes(disks)),
     )
@@ -160,6 +162,15 @@ def _disk_notes(disks: tuple[Disk, ...]) -> Iterator[str]:
             yield doubt
         if followed := storage.followed(disk):
             yield f"disk {disk.path} stands on {', '.join(map(str, followed))}"
+
+
+def _vsock(spec: MachineSpec, runtime: Path) -> Vsock | None:
+    if spec.vsock == "none":
+        return None
+    from .host import vsock
+
+    plane, reason = vsock.choose(spec.vsock)
+    return Vsock(vsock.FIRST_CID, plane, runtime, reason)
 
 
 def _notes(spec: MachineSpec) -> Iterator[str]:

@@ -86,6 +86,8 @@ def modules(spec: MachineSpec, disks: bool) -> tuple[list[str], list[str]]:
         wanted.append("overlay")
     if spec.balloon:
         wanted.append("virtio_balloon")
+    if spec.vsock != "none":
+        wanted.append("vmw_vsock_virtio_transport")
     if spec.root.kind == "image":
         wanted.append(_root_file_system(spec.root.path).driver)
     return wanted, ["virtio_rng"]

@@ -229,6 +229,7 @@ BALLOON_STAT = Record("virtio_balloon_stat", tag="H", val="Q")
 VSOCK_CID_HOST = 2
 """§5.10.4: addresses 0, 1, 2 and 0xFFFFFFFF are reserved; 2 is the host."""
 VSOCK_F_STREAM = 0
+VSOCK_F_SEQPACKET = 1
 
 VSOCK_TYPE_STREAM = 1
 VSOCK_OP_REQUEST = 1

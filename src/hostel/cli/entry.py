@@ -41,6 +41,7 @@ VERBS = {
     "run": "Run a command in a fresh virtual machine.",
     "boot": "Boot any kernel on its raw serial console.",
     "kernel": "List and fetch guest kernels.",
+    "vsock": "Connect to a vsock port of a running machine.",
     "doctor": "Say what this host offers and what it lacks.",
     "completion": "Print a script that completes hostel's commands in a shell.",
 }

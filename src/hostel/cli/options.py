@@ -44,6 +44,24 @@ class Command(click.Command):
         super().__init__(*args, **kwargs)
         self.allow_interspersed_args = False
 
+    def make_parser(self, ctx: click.Context) -> Any:
+        """A bare ``--vsock`` has the value that is its default when named, whatever comes next. click
+        would take the next word for its value: a command."""
+        parser: Any = super().make_parser(ctx)
+        match = parser._match_long_opt
+        flags = {
+            name: param.flag_value
+            for param in self.get_params(ctx)
+            if isinstance(param, click.Option) and isinstance(param.flag_value, str)
+            for name in param.opts
+        }
+
+        def match_long(name: str, value: str | None, state: Any) -> None:
+            match(name, flags.get(name) if value is None else value, state)
+
+        parser._match_long_opt = match_long
+        return parser
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
@@ -243,6 +261,15 @@ def machine(function: F) -> F:
             is_flag=True,
             help="Memory that the guest no longer uses goes back to the host.",
         ),
+        option(
+            section,
+            "--vsock",
+            type=click.Choice(["none", "auto", "vhost", "python"]),
+            default="none",
+            flag_value="auto",
+            is_flag=False,
+            help="Sockets between guest and host, served by the kernel (vhost) or by hostel.",
+        ),
         option(section, "--hugepages", is_flag=True, help="Memory from the host's hugepages."),
         option(
             section,
@@ -283,6 +310,9 @@ def announce(plan: Plan) -> None:
     """What runs the machine, and why; and what was done otherwise than a user may expect."""
     tell = say.note if plan.spec.engine == "auto" else say.detail
     tell(f"engine {plan.engine}: {plan.reason}")
+    if plan.vsock is not None:
+        tell = say.note if plan.spec.vsock == "auto" else say.detail
+        tell(f"vsock served by {plan.vsock.plane}: {plan.vsock.reason}")
     for note in plan.notes:
         say.note(note)
     say.detail(f"kernel {plan.kernel}")

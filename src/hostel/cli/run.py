@@ -57,6 +57,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     pin: tuple[int, ...] | None
     hugepages: bool
     balloon: bool
+    vsock: str
     transport: str
     root: str
     volumes: tuple[Volume, ...]
@@ -201,6 +202,7 @@ def machine_spec(options: Options) -> MachineSpec:
         memory=DEFAULT_MEMORY if options.memory is None else options.memory,
         hugepages=options.hugepages,
         balloon=options.balloon,
+        vsock=options.vsock,  # type: ignore[arg-type]
         kernel=options.kernel,
         initrd=options.initrd,
         append=f"{options.append} {SHOW_BOOT}" if options.console else options.append,

@@ -8,6 +8,7 @@
     shares    file systems, each a vhost-user daemon that listens on a socket
     nics      those of model virtio, in the plan's order: eth0, eth1 …
     balloon   if the plan wants one
+    vsock     the same; by the kernel or by us
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from hostel.boot.acpi import MmioDevice
 from hostel.errors import SpecError
 from hostel.kvm import Vm
 from hostel.memory import Region
-from hostel.plan import AGENT_PORT, Drive
+from hostel.plan import AGENT_PORT, Drive, Vsock
 from hostel.virtio.console import Console as VirtioConsole
 from hostel.virtio.console import Port
 from hostel.virtio.device import VirtioDevice
 from hostel.virtio.mmio import VirtioMmio
 from hostel.virtio.pci import VirtioPci
 from hostel.vmm import layout
+from hostel.vmm.loop import EventLoop
 from hostel.vmm.pci import PciBus
 
 from .nic import virtio_nics
@@ -94,6 +96,7 @@ def seat_on_mmio(board: Board, undo: ExitStack) -> None:
 def _makers(board: Board, limit: int) -> list[Callable[[], VirtioDevice]]:
     makers: list[Callable[[], VirtioDevice]] = [partial(_console, board), partial(_rng, board)]
     makers += [*_disks(board), *_shares(board), *virtio_nics(board), *_balloon(board)]
+    makers += _vsock(board)
     if len(makers) > limit:
         raise SpecError(
             f"the machine has {len(makers)} virtio devices; {board.plan.spec.transport} has room"
@@ -171,3 +174,22 @@ def _balloon(board: Board) -> Iterator[Callable[[], VirtioDevice]]:
         from hostel.virtio.balloon import Balloon
 
         yield partial(Balloon, board.loop, board.memory.size)
+
+
+def _vsock(board: Board) -> Iterator[Callable[[], VirtioDevice]]:
+    if board.plan.vsock is not None:
+        yield partial(_make_vsock, board.loop, board.plan.vsock)
+
+
+def _make_vsock(loop: EventLoop, vsock: Vsock) -> VirtioDevice:
+    from hostel.host.vsock import main_path, publish_cid
+
+    if vsock.plane == "python":
+        from hostel.virtio.vsock import Vsock as PythonVsock
+
+        return PythonVsock(loop, main_path(vsock.directory), cid=vsock.cid)
+    from hostel.virtio.vsock_vhost import VhostVsock, claim
+
+    vhost, cid = claim(vsock.cid)
+    publish_cid(vsock.directory, cid)
+    return VhostVsock(loop, vhost, cid)

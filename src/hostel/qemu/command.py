@@ -33,6 +33,8 @@ MACHINE = {
 }
 BALLOON = "/machine/peripheral/balloon"
 """Its place in QEMU's tree of objects."""
+MODERN = ("vhost-user-fs", "vhost-user-vsock", "vhost-vsock")
+"""Devices that are not older than virtio 1.0."""
 SUFFIX = {"pci": "pci", "mmio": "device"}
 CPU = {"tcg": "max", "kvm": "host"}
 ACCEL = {"tcg": "tcg,thread=multi", "kvm": "kvm"}
@@ -62,10 +64,23 @@ def arguments(plan: Plan, kernel: Path, cmdline: str, fds: Mapping[str, int]) ->
         path = str(share.socket).replace(",", ",,")
         yield from ("-chardev", f"socket,id=fs-{share.tag},path={path}")
         yield from _device(plan, "vhost-user-fs", chardev=f"fs-{share.tag}", tag=share.tag)
+    yield from _vsock(plan, fds)
     if plan.balloon:
         options = {"deflate-on-oom": True, "free-page-reporting": True}
         yield from _device(plan, "virtio-balloon", id="balloon", **options)
     yield from plan.qemu_args
+
+
+def _vsock(plan: Plan, fds: Mapping[str, int]) -> Iterator[str]:
+    """Of the kernel's device QEMU gets our descriptor, which has the guest's address already."""
+    if plan.vsock is None:
+        return
+    if plan.vsock.plane == "python":
+        yield from ("-chardev", f"socket,id=vsock,fd={fds['vsock']}")
+        yield from _device(plan, "vhost-user-vsock", chardev="vsock")
+    else:
+        own: dict[str, str | int] = {"guest-cid": plan.vsock.cid, "vhostfd": str(fds["vsock"])}
+        yield from _device(plan, "vhost-vsock", **own)
 
 
 def balloon_statistics(found: Mapping[str, int]) -> dict[str, int]:
@@ -85,12 +100,12 @@ def streams(plan: Plan) -> tuple[str, ...]:
 
 
 def _memory(plan: Plan) -> Iterator[str]:
-    """Shared where a file system daemon reads and writes it; else private, which is cheaper."""
+    """Shared where somebody else reads and writes it; else private, which is cheaper."""
     spec = plan.spec
     if spec.memory % MIB:
         raise UserError(f"engine qemu takes memory in whole MiB, not {spec.memory} bytes")
     backend = "memory-backend-ram"
-    if plan.shares or spec.hugepages:
+    if plan.shares or spec.hugepages or _is_served_here(plan):
         huge = ",hugetlb=on" if spec.hugepages else ""
         backend = f"memory-backend-memfd,share=on{huge}"
     yield from ("-m", f"{spec.memory // MIB}M")
@@ -98,6 +113,11 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield from ("-machine", f"{MACHINE[spec.transport]},memory-backend=ram")
     if spec.transport == "mmio":
         yield from ("-global", "virtio-mmio.force-legacy=false")
+
+
+def _is_served_here(plan: Plan) -> bool:
+    """Whether hostel itself reads and writes guest memory."""
+    return plan.vsock is not None and plan.vsock.plane == "python"
 
 
 def _streams(plan: Plan, fds: Mapping[str, int]) -> Iterator[str]:
@@ -127,7 +147,7 @@ def _disk(plan: Plan, index: int, drive: Drive) -> Iterator[str]:
 
 
 def _device(plan: Plan, name: str, **properties: str | int | bool) -> Iterator[str]:
-    has_legacy = plan.spec.transport == "pci" and name != "vhost-user-fs"
+    has_legacy = plan.spec.transport == "pci" and name not in MODERN
     modern = {"disable-legacy": "on"} if has_legacy else {}
     yield from _json(f"{name}-{SUFFIX[plan.spec.transport]}", **modern, **properties)
 

@@ -22,7 +22,7 @@ import time
 from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hostel.boot import elf, image
 from hostel.boot.fits import check_fits
@@ -39,6 +39,9 @@ from . import command, tsc
 from .control import Control
 from .fault import SOON, FaultLog, ResetLoop
 from .stream import ConsoleStream
+
+if TYPE_CHECKING:
+    from .vsock import QemuVsock
 
 STATISTICS_SECONDS = 3.0
 """How long the first ones of a balloon's guest may take: QEMU asks after a second."""
@@ -75,6 +78,7 @@ class QemuEngine:
         self._helper: Helper | None = None
         self._agent: socket.socket | None = None
         self._agent_is_taken = False
+        self._vsock: QemuVsock | None = None
         self._target = plan.spec.memory
         self._polled = False
 
@@ -168,9 +172,12 @@ class QemuEngine:
             self._undo.callback(theirs[name].close)
             self._undo.callback(self._close_agent if name == "agent" else ours[name].close)
         self._agent = ours.get("agent")
+        self._open_vsock()
         fds = {name: end.fileno() for name, end in theirs.items()}
         if log := self._open_log():
             fds["log"] = log[1].fileno()
+        if self._vsock is not None:
+            fds["vsock"] = self._vsock.fd
         argv = command.arguments(self.plan, kernel, cmdline, fds)
         helper = Helper(
             "qemu",
@@ -187,6 +194,14 @@ class QemuEngine:
             self._log = FaultLog(self._loop, log[0], self._met_triple_fault)
             self._undo.callback(self._log.close)
         return helper
+
+    def _open_vsock(self) -> None:
+        if self.plan.vsock is not None:
+            from .vsock import QemuVsock
+
+            self._vsock = QemuVsock(self.plan)
+            self._undo.callback(self._vsock.close)
+            self.plan = self._vsock.plan
 
     def _open_log(self) -> tuple[FileIO, FileIO] | None:
         """Both ends of a pipe, where the log says what QMP does not."""
@@ -206,6 +221,9 @@ class QemuEngine:
         self._loop = EventLoop(self._loop_failed)
         self._loop.start()
         self._undo.callback(self._loop.stop)
+        if self._vsock is not None:
+            self._undo.callback(self._vsock.close)  # before the loop, which it needs for it
+            self._vsock.serve(self._loop)
         self._panic = PanicWatch(self.console, self._loop.call_later, self._halted_in_panic)
         self._undo.callback(self._panic.cancel)
         self._streams = [
