@@ -67,6 +67,7 @@ class Network:
         self._resolver = Resolver(self._pool.gateway, self, loop)
         self._view = View(
             bridge,
+            mac,
             str(self._pool),
             self._pool.gateway,
             world=self._world,
@@ -132,7 +133,7 @@ class Network:
             [
                 f"tuntap add dev {tap} mode tap vnet_hdr {several}",
                 f"link set {tap} addrgenmode none mtu {mtu} master {self._bridge}",
-                f"link set {tap} type bridge_slave isolated on",
+                f"link set {tap} type bridge_slave hairpin on",  # its own published port
                 f"neigh replace {guest.address} lladdr {guest.mac} dev {self._bridge} nud permanent",
             ]
         )

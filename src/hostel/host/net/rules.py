@@ -3,7 +3,7 @@
 ::
 
     guest ─► tap ─► bridge table, prerouting: the guest's own MAC and address, ARP and IPv4, or nothing
-                     │ every tap is an isolated port: frames go to the host's IP layer only
+                     │ and to the bridge's own MAC: frames go to the host's IP layer only
                      ▼
     inet table    early      nothing to 127.0.0.0/8 (route_localnet is on for published ports)
                   inward     DNS of the bridge's address to the keeper; published ports to guests
@@ -57,9 +57,9 @@ class View:
     """What the rules are made from."""
 
     def __init__(
-        self, bridge: str, subnet: str, gateway: str, *, world: bool, dns_port: int
+        self, bridge: str, mac: str, subnet: str, gateway: str, *, world: bool, dns_port: int
     ) -> None:
-        self.bridge, self.subnet, self.gateway = bridge, subnet, gateway
+        self.bridge, self.mac, self.subnet, self.gateway = bridge, mac, subnet, gateway
         self.world, self.dns_port = world, dns_port
         self.opened: list[str] = []
         """Uplinks that forward only because of us."""
@@ -97,20 +97,28 @@ def chain(name: str, hook: str, rules: Iterable[str]) -> Iterator[str]:
 
 
 def _bridge(view: View) -> Iterator[str]:
-    """Before the bridge learns or forwards anything, and before br_netfilter (priority 0)."""
+    """Before the bridge learns or forwards anything, and before br_netfilter (priority 0).
+
+    All that goes from port to port is what br_netfilter, where a host has it on, has given a new address
+    (a published port that another guest asks for): it went through the inet table on its way.
+    """
     for guest in view.guests:
         yield from chain(f"guest{guest.number}", "", _identity(guest, view))
     jumps = ", ".join(f'"{guest.tap}" : goto guest{guest.number}' for guest in view.guests)
+    taps = ", ".join(f'"{guest.tap}"' for guest in view.guests)
     rules = [f"iifname vmap {{ {jumps} }}"] if jumps else []
     yield from chain("guests", "type filter hook prerouting priority -250;", rules)
+    rules = [f"iifname {{ {taps} }} ether type != ip drop"] if taps else []
+    yield from chain("across", "type filter hook forward priority filter;", rules)
 
 
 def _identity(guest: Guest, view: View) -> Iterator[str]:
     """Its own MAC and address, in the frame and in ARP; an address that it probes for is 0.0.0.0."""
     yield f"ether saddr != {guest.mac} drop"
-    yield f"ether type ip ip saddr {guest.address} accept"
+    yield f"ether type ip ether daddr {view.mac} ip saddr {guest.address} accept"
     yield (
-        f"ether type arp arp saddr ether {guest.mac} arp saddr ip {{ 0.0.0.0, {guest.address} }} "
+        f"ether type arp ether daddr {{ ff:ff:ff:ff:ff:ff, {view.mac} }} "
+        f"arp saddr ether {guest.mac} arp saddr ip {{ 0.0.0.0, {guest.address} }} "
         f"arp daddr ip {view.subnet} arp daddr ip != {guest.address} accept"
     )
     yield "drop"

@@ -1,0 +1,110 @@
+"""DNS for tests: questions as a guest asks them, and the server that the host's resolver file names."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import struct
+import threading
+from collections.abc import Mapping
+from types import TracebackType
+
+from guests.namespaces import Guest, Namespace
+from hostel.host.net.exchange import servers
+
+NXDOMAIN, REFUSED = 3, 5
+
+
+def gateway(guest: Guest) -> str:
+    """The bridge's address, on networks of ours."""
+    return guest.address.rpartition(".")[0] + ".1"
+
+
+def look_up(guest: Guest, name: str, *, tcp: bool = False) -> list[str]:
+    """The IPv4 addresses of a name, as the guest's resolver gets them."""
+    answer = exchange(guest, message(name), tcp=tcp)
+    count = struct.unpack_from(">H", answer, 6)[0]
+    records = answer[len(message(name)) :]
+    return [socket.inet_ntoa(records[16 * n + 12 : 16 * n + 16]) for n in range(count)]
+
+
+def message(name: str, kind: int = 1, ident: int = 0x1234) -> bytes:
+    """A query (RFC 1035 §4.1)."""
+    labels = b"".join(bytes([len(part)]) + part.encode() for part in name.split("."))
+    return struct.pack(">6H", ident, 0x0100, 1, 0, 0, 0) + labels + struct.pack(">BHH", 0, kind, 1)
+
+
+def exchange(guest: Guest, query: bytes, *, tcp: bool = False, patience: float = 5) -> bytes:
+    with guest.socket(socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM) as sock:
+        sock.settimeout(patience)
+        sock.connect((gateway(guest), 53))
+        sock.send(struct.pack(">H", len(query)) + query if tcp else query)
+        answer = sock.recv(4096)
+    return answer[2:] if tcp else answer
+
+
+class NameServer:
+    """Answers for some names at the address of the host's resolver, in the world outside or on the host."""
+
+    def __init__(self, host: Namespace, outside: Namespace, names: Mapping[str, str]) -> None:
+        self.names, self.asked = names, list[str]()
+        address = servers()[0]
+        local = address.startswith("127.")
+        if not local:
+            with contextlib.suppress(Exception):  # there already
+                outside.run(f"ip addr add {address}/32 dev out")
+        where = host if local else outside
+        self._udp, self._tcp = where.socket(socket.SOCK_DGRAM), where.socket()
+        self._tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for sock in (self._udp, self._tcp):
+            sock.bind((address, 53))
+        self._tcp.listen(8)
+        self._stop = os.eventfd(0)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            ready, _, _ = select.select(
+                [self._udp.fileno(), self._tcp.fileno(), self._stop], [], []
+            )
+            if self._stop in ready:
+                return
+            if self._udp.fileno() in ready:
+                query, peer = self._udp.recvfrom(2048)
+                self._udp.sendto(self._answer(query), peer)
+            if self._tcp.fileno() in ready:
+                connection, _ = self._tcp.accept()
+                with connection:
+                    answer = self._answer(connection.recv(2048)[2:])
+                    connection.send(struct.pack(">H", len(answer)) + answer)
+
+    def _answer(self, query: bytes) -> bytes:
+        parts, offset = [], 12
+        while length := query[offset]:
+            parts.append(query[offset + 1 : offset + 1 + length].decode())
+            offset += 1 + length
+        name = ".".join(parts)
+        self.asked.append(name)
+        address = self.names.get(name)
+        code = 0 if address else NXDOMAIN
+        header = struct.pack(">2s5H", query[:2], 0x8180 | code, 1, int(bool(address)), 0, 0)
+        record = struct.pack(">HHHIH", 0xC00C, 1, 1, 60, 4)
+        return header + query[12:] + (record + socket.inet_aton(address) if address else b"")
+
+    def __enter__(self) -> NameServer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        os.eventfd_write(self._stop, 1)
+        self._thread.join()
+        self._udp.close()
+        self._tcp.close()
+        os.close(self._stop)

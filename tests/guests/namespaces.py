@@ -1,0 +1,270 @@
+"""Network namespaces that stand for a host, its guests and the world outside, with real packets between them.
+
+::
+
+    Namespace "outside" ── veth ── Namespace "host" (hostel runs here) ── hostel0 ── tap ══ Guest
+
+A Guest is a namespace with a tap of its own; a thread carries frames between it and the tap that hostel
+made, as a data plane does between that tap and a machine. The machine's own network is never touched.
+
+Everything here changes the namespace of the *main thread* for a moment: sockets and processes stay in
+the one they were made in. Use it from the main thread only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import select
+import socket
+import struct
+import subprocess
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+
+from hostel.host.interface import Attachment
+
+CLONE_NEWNET = 0x40000000
+TUNSETIFF = 0x400454CA
+IFF_TAP, IFF_NO_PI = 0x0002, 0x1000
+OUTSIDE, HOST = "203.0.113.1", "203.0.113.2"
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def missing() -> str:
+    """What this host lacks for such tests; empty if nothing."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if not os.path.exists("/dev/net/tun"):
+        return "no /dev/net/tun"
+    return ""
+
+
+class Namespace:
+    """A network namespace, with its loopback up. A context manager."""
+
+    def __init__(self) -> None:
+        before = _current()
+        if _libc.unshare(CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "unshare")
+        self.fd = _current()
+        _enter(before)
+        os.close(before)
+        self.run("ip link set lo up")
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """What is made here is made in there."""
+        before = _current()
+        _enter(self.fd)
+        try:
+            yield
+        finally:
+            _enter(before)
+            os.close(before)
+
+    def run(self, *commands: str) -> str:
+        with self.inside():
+            return "".join(
+                subprocess.run(command.split(), check=True, capture_output=True, text=True).stdout
+                for command in commands
+            )
+
+    def give(self, link: str, other: Namespace) -> None:
+        """Move an interface of ours to another namespace, which ``ip`` finds by a process in it."""
+        with other.inside():
+            holder = subprocess.Popen(["sleep", "60"])
+        try:
+            self.run(f"ip link set {link} netns {holder.pid}")
+        finally:
+            holder.kill()
+            holder.wait()
+
+    def socket(self, kind: int = socket.SOCK_STREAM, family: int = socket.AF_INET) -> socket.socket:
+        with self.inside():
+            return socket.socket(family, kind)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def __enter__(self) -> Namespace:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Guest(Namespace):
+    """Stands for a machine: it has what the machine's link says, at the other end of its tap."""
+
+    def __init__(self, host: Namespace, attachment: Attachment, *, configure: bool = True) -> None:
+        super().__init__()
+        self.mac = attachment.interface.mac
+        with host.inside():
+            near = open_tap(attachment.interface.target)
+        with self.inside():
+            far = open_tap("eth0")
+        self._stop = os.eventfd(0)
+        self._pump = threading.Thread(target=_pump, args=(near, far, self._stop), daemon=True)
+        self._pump.start()
+        self.run(f"ip link set eth0 address {self.mac}", "ip link set eth0 up")
+        link = attachment.link
+        self.address = ""
+        if link is not None and configure:
+            self.address = link.addresses[0].partition("/")[0]
+            self.run(
+                f"ip link set eth0 mtu {link.mtu}", f"ip addr add {link.addresses[0]} dev eth0"
+            )
+            if link.gateway:
+                self.run(f"ip route add default via {link.gateway}")
+
+    def close(self) -> None:
+        os.eventfd_write(self._stop, 1)
+        self._pump.join()
+        os.close(self._stop)
+        super().close()
+
+
+class Echo:
+    """A server that tells each client the address it comes from, over TCP and UDP."""
+
+    def __init__(self, where: Namespace, port: int, address: str = "0.0.0.0") -> None:
+        self._tcp, self._udp = where.socket(), where.socket(socket.SOCK_DGRAM)
+        self._tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for sock in (self._tcp, self._udp):
+            sock.bind((address, port))
+        self._tcp.listen(64)
+        self._stop = os.eventfd(0)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            ready, _, _ = select.select(
+                [self._tcp.fileno(), self._udp.fileno(), self._stop], [], []
+            )
+            if self._stop in ready:
+                return
+            if self._tcp.fileno() in ready:
+                connection, peer = self._tcp.accept()
+                with connection, contextlib.suppress(OSError):
+                    connection.send(peer[0].encode())
+            if self._udp.fileno() in ready:
+                _, peer = self._udp.recvfrom(2048)
+                with contextlib.suppress(OSError):
+                    self._udp.sendto(peer[0].encode(), peer)
+
+    def __enter__(self) -> Echo:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        os.eventfd_write(self._stop, 1)
+        self._thread.join()
+        self._tcp.close()
+        self._udp.close()
+        os.close(self._stop)
+
+
+def ask(where: Namespace, address: str, port: int, kind: str = "tcp", patience: float = 3) -> str:
+    """Whom an ``Echo`` there took us for; "" if nothing comes back in time."""
+    with where.socket(socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM) as sock:
+        sock.settimeout(patience)
+        try:
+            sock.connect((address, port))
+            if kind == "udp":
+                sock.send(b"?")
+            return sock.recv(100).decode()
+        except OSError:
+            return ""
+
+
+def reached(where: Namespace, targets: list[tuple[str, int, str]]) -> list[tuple[str, int, str]]:
+    """Which of these (address, port, protocol) answer; all asked at once, in half a second."""
+    answers: dict[tuple[str, int, str], str] = {}
+
+    def one(target: tuple[str, int, str], sock: socket.socket) -> None:
+        with sock, contextlib.suppress(OSError):
+            sock.settimeout(0.5)
+            sock.connect(target[:2])
+            if target[2] == "udp":
+                sock.send(b"?")
+            answers[target] = sock.recv(100).decode()
+
+    kinds = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
+    threads = [
+        threading.Thread(target=one, args=(target, where.socket(kinds[target[2]])))
+        for target in targets
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [target for target in targets if target in answers]
+
+
+@contextlib.contextmanager
+def world() -> Iterator[tuple[Namespace, Namespace]]:
+    """A host, which the main thread is in, and what is outside; the host forwards nothing as yet."""
+    with Namespace() as host, Namespace() as outside, host.inside():
+        host.run("ip link add eth0 type veth peer name out")
+        host.give("out", outside)
+        host.run(
+            f"ip addr add {HOST}/24 dev eth0",
+            "ip link set eth0 up",
+            f"ip route add default via {OUTSIDE}",
+        )
+        outside.run(
+            f"ip addr add {OUTSIDE}/24 dev out",
+            "ip link set out up",
+            f"ip route add 10.0.0.0/8 via {HOST}",  # a neighbour that would use us as a router
+        )
+        yield host, outside
+
+
+def open_tap(name: str) -> int:
+    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI))
+    return fd
+
+
+def _pump(one: int, other: int, stop: int) -> None:
+    """Frames from each to the other, until told to stop or one has gone."""
+    poll = select.poll()
+    for fd in (one, other, stop):
+        poll.register(fd, select.POLLIN)
+    try:
+        while True:
+            for fd, _ in poll.poll():
+                if fd == stop:
+                    return
+                frame = os.read(fd, 1 << 16)
+                with contextlib.suppress(OSError):  # not up yet
+                    os.write(other if fd == one else one, frame)
+    except OSError:
+        return  # hostel has taken its tap away
+    finally:
+        os.close(one)
+        os.close(other)
+
+
+def _current() -> int:
+    return os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _enter(fd: int) -> None:
+    if _libc.setns(fd, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns")
