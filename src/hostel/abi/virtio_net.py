@@ -53,8 +53,10 @@ CONFIG = Record(
 # --- The header before each frame (§5.1.6) -----------------------------------------------------
 
 HDR_F_NEEDS_CSUM = 1
+HDR_F_DATA_VALID = 2
 HDR_GSO_NONE = 0
 HDR_GSO_TCPV4 = 1
+HDR_GSO_TCPV6 = 4
 
 HDR = Record(
     "virtio_net_hdr_v1",

@@ -2,7 +2,8 @@
 
 ::
 
-    plan.nics ── Interface ─► Net ─► PythonPlane ─► TapPort × queues | StreamPort
+    plan.nics ── Interface ─► Net ─┬─► PythonPlane ─► TapPort × queues | StreamPort
+                                   └─► VhostPlane ──► TapPort × queues
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _make(board: Board, nic: Interface, name: str) -> VirtioDevice:
 
     return Net(
         board.loop,
-        _plane(nic, name),
+        _plane(board, nic, name),
         mac=bytes.fromhex(nic.mac.replace(":", "")),
         name=name,
         mtu=nic.mtu,
@@ -42,7 +43,11 @@ def _make(board: Board, nic: Interface, name: str) -> VirtioDevice:
     )
 
 
-def _plane(nic: Interface, name: str) -> NetPlane:
+def _plane(board: Board, nic: Interface, name: str) -> NetPlane:
+    if nic.plane == "vhost":
+        from hostel.virtio.net_vhost import VhostPlane
+
+        return VhostPlane(board.loop, open_ports(nic))
     from hostel.virtio.net_python import PythonPlane
 
     return PythonPlane(open_ports(nic), nic.limits, name=name)
