@@ -90,7 +90,7 @@ def udp(payload: bytes) -> bytes:
     total = sum(struct.unpack(">10H", ip))
     ip = ip[:10] + (~(total % 0xFFFF) & 0xFFFF).to_bytes(2, "big") + ip[12:]
     head = struct.pack(">HHHH", 5000, 6000, length, pseudo % 0xFFFF)
-    return HOST_MAC + GUEST_MAC + b"\x08\x00" + ip + head + payload
+    return b"".join((HOST_MAC, GUEST_MAC, b"\x08\x00", ip, head, payload))
 
 
 def test_the_host_completes_checksums(rig: Rig, net: Namespace) -> None:
