@@ -26,8 +26,8 @@ import msgspec
 
 from hostel.abi import vhost_user as abi
 from hostel.abi import virtio
-from hostel.errors import HelperError, HostelError, HostError, MemoryFault
-from hostel.memory import GuestMemory, Region, map_shared
+from hostel.errors import HelperError, HostelError
+from hostel.memory import ForeignMemory, Region
 from hostel.vmm.loop import EventLoop
 
 from .device import QueueWiring
@@ -37,28 +37,6 @@ PROTOCOL = 1 << abi.PROTOCOL_F_MQ | 1 << abi.PROTOCOL_F_REPLY_ACK | 1 << abi.PRO
 MAX_PAYLOAD = 4096
 RING_MASK = 0xFF
 NO_FD = 1 << 8
-
-
-class ForeignMemory(GuestMemory):
-    """A guest's memory that another process made: one file, in which the regions lie anywhere."""
-
-    def __init__(self, fd: int, regions: tuple[Region, ...]) -> None:
-        """The regions' ``hva`` is not used."""
-        self.fd = -1
-        self.size: int = os.fstat(fd).st_size
-        self.regions = regions
-        if any(at.offset + at.size > self.size for at in regions):
-            raise HelperError("a memory region behind the end of its file")
-        self._bytes = map_shared(fd, self.size)
-
-    def _offset(self, gpa: int, size: int) -> int:
-        for at in self.regions:
-            if at.gpa <= gpa and 0 <= size <= at.gpa + at.size - gpa:
-                return at.offset + gpa - at.gpa
-        raise MemoryFault(f"guest address {gpa:#x}, {size} bytes, is outside guest memory")
-
-    def hva(self, gpa: int, size: int = 1) -> int:
-        raise HostError("another process's memory has no address here")
 
 
 class Ring(msgspec.Struct):
