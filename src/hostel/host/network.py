@@ -18,11 +18,12 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -32,6 +33,9 @@ from hostel.spec import Nic, Publish
 from .interface import Attachment, GuestLink, Interface
 from .net_plane import choose
 from .runtime import socket_path
+
+if TYPE_CHECKING:
+    from .net.client import Lease
 
 OWN = ("nat", "isolated")
 KEPT = (*OWN, "bridge", "macvtap")
@@ -51,13 +55,24 @@ class _Place(NamedTuple):
 
 
 class Networks:
-    """What is attached, until ``close``. A context manager."""
+    """What is attached, until ``close``. A context manager.
+
+    ``attach`` has asked for everything when it returns; ``attachments`` waits until all is there, and
+    raises what went wrong. A keeper takes some 60 ms to start: there is other work to be done meanwhile.
+    """
 
     def __init__(self) -> None:
-        self.attachments: tuple[Attachment, ...] = ()
-        self.notes: tuple[str, ...] = ()
-        """What is not ours to mend and still keeps packets back, for the user."""
+        self._pending: list[Callable[[], Attachment]] = []
         self._undo = contextlib.ExitStack()
+        self.notes: tuple[str, ...] = ()
+        """What is not ours to mend and still keeps packets back, for the user; with ``attachments``."""
+
+    @property
+    def attachments(self) -> tuple[Attachment, ...]:
+        """One for each NIC, in their order. The same each time."""
+        if not hasattr(self, "_attachments"):
+            self._attachments = tuple(pending() for pending in self._pending)
+        return self._attachments
 
     def close(self) -> None:
         """Give everything back; idempotent."""
@@ -73,10 +88,6 @@ class Networks:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _add(self, attachment: Attachment, notes: Sequence[str] = ()) -> None:
-        self.attachments += (attachment,)
-        self.notes += tuple(note for note in notes if note not in self.notes)
 
 
 def attach(
@@ -104,7 +115,7 @@ def preview(
     """The same, as far as it can be known with nothing made: as if all networks were new."""
     networks = Networks()
     for index, nic in enumerate(check(nics, publish, name, cpus=cpus)):
-        networks._add(_foreseen(nic, runtime, index))
+        networks._pending.append(partial(_foreseen, nic, runtime, index))
     return networks
 
 
@@ -159,19 +170,23 @@ def _attach(
     networks: Networks, nic: Nic, publish: Sequence[Publish], name: str, place: _Place
 ) -> None:
     if nic.mode in KEPT:
-        _lease(networks, nic, publish, name)
+        lease = _lease(nic, publish, name)
+        networks._undo.callback(lease.close)
+        networks._pending.append(lambda: _leased(networks, nic, lease))
     elif nic.mode == "user":
         from .net import passt
 
         path = socket_path(place.runtime, f"passt{place.number}")
         helper, link = passt.start(nic, publish, path)
         networks._undo.callback(helper.stop)
-        networks._add(Attachment(_interface(nic, "stream", str(path), nic.mtu), link))
+        interface = _interface(nic, "stream", str(path), nic.mtu)
+        networks._pending.append(lambda: passt.ready(helper, path, Attachment(interface, link)))
     else:
-        networks._add(_given(nic))
+        given = _given(nic)
+        networks._pending.append(lambda: given)
 
 
-def _lease(networks: Networks, nic: Nic, publish: Sequence[Publish], name: str) -> None:
+def _lease(nic: Nic, publish: Sequence[Publish], name: str) -> Lease:
     from .net.client import Lease
 
     _need_privileges(nic)
@@ -184,13 +199,15 @@ def _lease(networks: Networks, nic: Nic, publish: Sequence[Publish], name: str) 
         "allow": nic.allow,
         "publish": [_port(port) for port in publish],
     }
-    lease = Lease(nic.mode, nic.target, request)
-    networks._undo.callback(lease.close)
+    return Lease(nic.mode, nic.target, request)
+
+
+def _leased(networks: Networks, nic: Nic, lease: Lease) -> Attachment:
+    answer = lease.answer()
     backend: Literal["tap", "macvtap"] = "macvtap" if nic.mode == "macvtap" else "tap"
-    answer = lease.answer
     mtu = nic.mtu or (answer["mtu"] if answer["mtu"] != 1500 else 0)
-    interface = _interface(nic, backend, answer["target"], mtu)
-    networks._add(Attachment(interface, _link(nic.mac, answer)), answer.get("notes", ()))
+    networks.notes += tuple(n for n in answer.get("notes", ()) if n not in networks.notes)
+    return Attachment(_interface(nic, backend, answer["target"], mtu), _link(nic.mac, answer))
 
 
 def _link(mac: str, answer: dict[str, Any]) -> GuestLink | None:

@@ -2,7 +2,8 @@
 
 ::
 
-    .net.lock     held while a keeper is looked for or started, and while one decides to end
+    .net.lock     held while a keeper is looked for, or makes its network (its subnet and its names are
+                  chosen then), or decides to end
     .net-KEY/     of one network of one network namespace
         lock      held (flock) by the keeper as long as it lives; handed to it already held
         sock      where it listens; bound here, so that the first machine need not wait for it
@@ -40,31 +41,37 @@ _START = Path(__file__).with_name("start.py")
 
 
 class Lease:
-    """A NIC on a network, as long as it is open. ``answer`` is what the keeper made."""
+    """A NIC on a network, as long as it is open. Asked for at once; ``answer`` waits."""
 
     def __init__(self, kind: str, target: str, request: dict[str, Any]) -> None:
-        folder = runtime.base() / f"{PREFIX}{kind}-{_word(target)}-{_namespace()}"
-        with _locked(runtime.base()):
-            self._socket = _connect(folder)
-            if fresh := self._socket is None:
-                self._socket, pid = _start(folder, kind, target)
+        base = runtime.base()
+        self._folder = base / f"{PREFIX}{kind}-{_word(target)}-{_namespace()}"
+        self._starting = 0
+        self._answer: dict[str, Any] | None = None
+        with _locked(base) as lock:
+            self._socket = _connect(self._folder)
+            if self._socket is None:
+                self._socket, self._starting = _start(self._folder, (kind, target), lock)
             self._send(request)
-            if fresh:  # its subnet and its names are chosen then: now others may choose
-                try:
-                    self.answer = self._receive(folder)
-                finally:
-                    os.waitpid(pid, 0)
-        if not fresh:
-            self.answer = self._receive(folder)
+
+    def answer(self) -> dict[str, Any]:
+        """What the keeper made; or the error that it had."""
+        if self._answer is None:
+            try:
+                self._answer = self._receive()
+            except BaseException:
+                self.close()
+                raise
+        return self._answer
 
     def close(self) -> None:
-        """Give it back; returns once the NIC's host side is gone. Idempotent."""
-        if self._socket is None:
-            return
-        with contextlib.suppress(OSError), self._socket:
-            self._socket.shutdown(socket.SHUT_WR)
-            self._socket.recv(1)  # the keeper closes when it is done
-        self._socket = None
+        """Give it back: the keeper sees to the rest. Idempotent."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        if self._starting:  # it has forked long since
+            os.waitpid(self._starting, 0)
+            self._starting = 0
 
     def _send(self, request: dict[str, Any]) -> None:
         assert self._socket is not None
@@ -72,22 +79,19 @@ class Lease:
         with contextlib.suppress(OSError):  # a keeper that has ended says why below
             self._socket.send(msgspec.json.encode(request))
 
-    def _receive(self, folder: Path) -> dict[str, Any]:
+    def _receive(self) -> dict[str, Any]:
         assert self._socket is not None
         try:
             data = self._socket.recv(LIMIT)
         except OSError:
             data = b""
-        if data:
-            answer: dict[str, Any] = msgspec.json.decode(data)
-            if "error" not in answer:
-                return answer
-        self._socket.close()
-        self._socket = None
         if not data:
-            raise HelperError(f"the network's keeper failed: {_last_words(folder / 'log')}")
-        kind, message, cost, cure = answer["error"]
-        raise getattr(errors, kind, HostError)(message, cost=cost, cure=cure)
+            raise HelperError(f"the network's keeper failed: {_last_words(self._folder / 'log')}")
+        answer: dict[str, Any] = msgspec.json.decode(data)
+        if "error" in answer:
+            kind, message, cost, cure = answer["error"]
+            raise getattr(errors, kind, HostError)(message, cost=cost, cure=cure)
+        return answer
 
 
 def sweep() -> list[str]:
@@ -109,7 +113,7 @@ def _connect(folder: Path) -> socket.socket | None:
     return sock
 
 
-def _start(folder: Path, kind: str, target: str) -> tuple[socket.socket, int]:
+def _start(folder: Path, network: tuple[str, str], making: int) -> tuple[socket.socket, int]:
     """A new keeper, which will find our connection waiting, and its pid until it forks.
 
     The caller holds the lock. A network whose keeper was killed and whose machines still run keeps its
@@ -133,7 +137,7 @@ def _start(folder: Path, kind: str, target: str) -> tuple[socket.socket, int]:
             (folder / "sock").unlink(missing_ok=True)
             listener.bind(os.fspath(folder / "sock"))
             listener.listen(64)
-            pid = _spawn((str(folder), kind, target), (listener.fileno(), lock), log)
+            pid = _spawn((str(folder), *network), (listener.fileno(), lock, making), log)
         except OSError as error:
             raise HostError(
                 f"cannot start a network's keeper in {folder}: {error.strerror}",
@@ -145,7 +149,7 @@ def _start(folder: Path, kind: str, target: str) -> tuple[socket.socket, int]:
     return sock, pid
 
 
-def _spawn(arguments: tuple[str, ...], fds: tuple[int, int], log: int) -> int:
+def _spawn(arguments: tuple[str, ...], fds: tuple[int, ...], log: int) -> int:
     """It forks once more and is nobody's child (``start.py``): it may outlive us."""
     argv = [sys.executable, "-IS", str(_START), *map(str, fds), *arguments]
     actions = [
@@ -188,11 +192,12 @@ def _word(target: str) -> str:
 
 
 @contextlib.contextmanager
-def _locked(parent: Path) -> Iterator[None]:
+def _locked(parent: Path) -> Iterator[int]:
+    """Held until the last copy of the descriptor is closed: a keeper that is started gets one."""
     fd = os.open(parent / ".net.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
+        yield fd
     finally:
         os.close(fd)
 

@@ -17,7 +17,7 @@ from hostel.vmm.loop import EventLoop
 from . import allow, firewall, forwarding, kernel, state
 from .resolver import Resolver
 from .rules import Guest, Port, View, render
-from .subnet import PREFIX, Pool, choose
+from .subnet import PREFIX, Pool, choose, routes
 
 DOMAIN = "hostel"
 MTU = 1500
@@ -34,11 +34,12 @@ BRIDGE_SYSCTLS = {
 
 
 class Network:
-    """From ``make`` to ``close``."""
+    """Made by ``make``; what it changes on the host is noted for ``state.undo``."""
 
     def __init__(self, folder: str, kind: str, name: str) -> None:
         self._folder, self._name, self._world = folder, name or "default", kind == "nat"
-        self._pool = Pool(choose(self._name))
+        self._routes = routes()
+        self._pool = Pool(choose(self._name, self._routes))
         self._guests: dict[int, Guest] = {}
         self._reserved: dict[int, list[socket.socket]] = {}
         self._count = 0
@@ -48,7 +49,7 @@ class Network:
     def make(self, loop: EventLoop) -> None:
         """Everything but guests. Names are answered on ``loop``."""
         bridge, folder = self._bridge, self._folder
-        uplinks = forwarding.uplinks() if self._world else []
+        uplinks = forwarding.uplinks(self._routes) if self._world else []
         self._mtu = _mtu(uplinks)
         state.note(folder, "link", bridge)
         mac = ":".join(["02", *(f"{byte:02x}" for byte in os.urandom(5))])
@@ -74,15 +75,16 @@ class Network:
             dns_port=self._resolver.port,
         )
         self._let_through(uplinks)
-        self._load()
 
     def _let_through(self, uplinks: list[str]) -> None:
         if uplinks and kernel.sysctl("ipv4/ip_forward") != "1":
             base, key = os.path.split(self._folder)
             state.note(self._folder, "forwarding", f"{base}:{key}")
             self._view.opened = forwarding.join(base, key, uplinks)
-        state.note(self._folder, "accept", self._bridge)
-        self.notes += firewall.open_for(self._bridge)
+        ways, self.notes = firewall.look(self._bridge)
+        if ways:
+            state.note(self._folder, "accept", self._bridge)
+            kernel.nft(ways)
         for family in ("inet", "bridge"):
             state.note(self._folder, "table", f"{family}:{self._bridge}")
 
@@ -104,7 +106,6 @@ class Network:
             self._reserved[number] = []
             self._publish(guest, request["publish"])
             self._plug(guest, request["queues"], request["mtu"] or self._mtu)
-            self._load()
         except BaseException:
             self.detach(number)
             raise
@@ -132,13 +133,12 @@ class Network:
         kernel.ip(
             [
                 f"tuntap add dev {tap} mode tap vnet_hdr {several}",
-                f"link set {tap} addrgenmode none mtu {mtu} master {self._bridge}",
+                f"link set {tap} addrgenmode none mtu {mtu} master {self._bridge} up",
                 f"link set {tap} type bridge_slave hairpin on",  # its own published port
                 f"neigh replace {guest.address} lladdr {guest.mac} dev {self._bridge} nud permanent",
             ]
         )
-        self._load()  # not up before its rules are there
-        kernel.ip([f"link set {tap} up"])
+        self._load()  # nobody has the tap open before we have answered
 
     def detach(self, number: int) -> None:
         """Take everything of one NIC away."""
@@ -146,18 +146,11 @@ class Network:
         for sock in self._reserved.pop(number, []):
             sock.close()
         self._pool.give_back(guest.address)
-        for line in (
-            f"link del {guest.tap}",
-            f"neigh del {guest.address} dev {self._bridge}",
-        ):
+        for line in (f"neigh del {guest.address} dev {self._bridge}", f"link del {guest.tap}"):
             with contextlib.suppress(HostError):  # not made yet, or taken away by someone else
                 kernel.ip([line])
         state.forget(self._folder, "link", guest.tap)
         self._load()
-
-    def close(self) -> None:
-        """Nothing of the network is left."""
-        state.undo(self._folder, force=True)
 
     def _load(self) -> None:
         self._view.guests = list(self._guests.values())
@@ -223,7 +216,7 @@ def _reserve(address: str, port: int, protocol: str) -> socket.socket:
 
 def foreseen(kind: str, name: str, address: str, mtu: int) -> dict[str, Any]:
     """What the first machine of a network would be answered."""
-    pool = Pool(choose(name or "default"))
+    pool = Pool(choose(name or "default", routes()))
     return {
         "target": f"{_free_bridge()}-1",
         "addresses": [f"{pool.take(address)}/{PREFIX}"],

@@ -17,16 +17,16 @@ _CHAIN = re.compile(
 )
 
 
-def open_for(bridge: str) -> list[str]:
-    """Let the bridge's packets through; what is in the way and not ours to change, as notes."""
-    notes = []
+def look(bridge: str) -> tuple[str, list[str]]:
+    """Rules to let the bridge's packets through; and what is in the way and not ours, as notes."""
+    ways, notes = "", []
     for family, table, chains in _tables():
         dropping = {hook for hook, policy in chains.values() if policy == "drop"}
         if (family, table) == ("ip", "filter"):
-            kernel.nft("".join(_openings(bridge, chains)))
-        elif table == "firewalld" or dropping & {"forward"}:
+            ways += "".join(_openings(bridge, chains))
+        elif table == "firewalld" or "forward" in dropping:
             notes.append(_note(bridge, family, table))
-    return notes
+    return ways, notes
 
 
 def close(bridge: str) -> None:

@@ -41,9 +41,6 @@ class _Links:
             kernel.ip([f"link del {name}"])
         state.forget(self._folder, "link", name)
 
-    def close(self) -> None:
-        state.undo(self._folder, force=True)
-
 
 class Bridge(_Links):
     """A tap on a bridge that is there."""

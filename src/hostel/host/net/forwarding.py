@@ -18,18 +18,15 @@ from collections.abc import Iterator
 from hostel.errors import HostError
 
 from . import kernel
+from .subnet import Route
 
 RECORD = ".net.forwarding"
 
 
-def uplinks() -> list[str]:
-    """Interfaces that lead somewhere: those of IPv4 routes, without ours and the loopback."""
-    found = set()
-    for line in kernel.run([kernel.find("ip"), "-4", "route", "show", "table", "all"]).splitlines():
-        words = line.split()
-        if "dev" in words and words[0] not in ("local", "broadcast"):
-            found.add(words[words.index("dev") + 1])
-    return sorted(name for name in found if name != "lo" and not name.startswith("hostel"))
+def uplinks(routes: list[Route]) -> list[str]:
+    """Interfaces that lead somewhere, without ours and the loopback."""
+    found = {route.device for route in routes if route.kind == "unicast"}
+    return sorted(name for name in found - {"", "lo"} if not name.startswith("hostel"))
 
 
 def join(base: str, network: str, wanted: list[str]) -> list[str]:

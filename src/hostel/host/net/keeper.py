@@ -13,11 +13,13 @@ import signal
 import socket
 import sys
 import threading
-import traceback
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from hostel.errors import HelperError, HostelError
 from hostel.vmm.loop import EventLoop
+
+from . import state
 
 LIMIT = 1 << 17
 
@@ -28,12 +30,15 @@ class Fabric(Protocol):
     def make(self, loop: EventLoop) -> None: ...
     def attach(self, request: dict[str, Any]) -> tuple[int, dict[str, Any]]: ...
     def detach(self, number: int) -> None: ...
-    def close(self) -> None: ...
 
 
 class Keeper:
-    def __init__(self, listener: socket.socket, folder: str, fabric: Fabric) -> None:
-        self._listener, self._folder, self._fabric = listener, folder, fabric
+    def __init__(
+        self, listener: socket.socket, folder: str, fabric: Callable[[], Fabric], making: int
+    ) -> None:
+        self._listener, self._folder = listener, folder
+        self._new, self._making = fabric, making
+        self._fabric: Fabric | None = None
         self._leases: dict[int, tuple[socket.socket, int]] = {}
         """Connections by file descriptor, with the number of what they lease (0: nothing)."""
         self.ended = threading.Event()
@@ -45,13 +50,16 @@ class Keeper:
         self.loop.call_soon(self._begin)
 
     def _begin(self) -> None:
+        """Make the network, and let others make theirs: ``making`` is the lock (``client``)."""
         try:
+            self._fabric = self._new()
             self._fabric.make(self.loop)
         except HostelError as error:
             self._problem = error
         except Exception as error:
             _show(error)
             self._problem = HelperError(f"the network could not be made: {error!r}")
+        os.close(self._making)
         self.loop.add(self._listener.fileno(), self._accept)
 
     def _accept(self) -> None:
@@ -83,8 +91,8 @@ class Keeper:
             self._release(fd)
 
     def _answer(self, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        if self._problem:
-            raise self._problem
+        if self._problem or self._fabric is None:
+            raise self._problem or HelperError("there is no network")
         try:
             return self._fabric.attach(request)
         except HostelError:
@@ -97,7 +105,7 @@ class Keeper:
         sock, number = self._leases.pop(fd)
         self.loop.remove(fd)
         try:
-            if number:
+            if number and self._fabric:
                 self._fabric.detach(number)
             if not self._leases:
                 self._end_if_unused()
@@ -116,7 +124,7 @@ class Keeper:
         """Take everything down."""
         self.loop.remove(self._listener.fileno())
         try:
-            self._fabric.close()
+            state.undo(self._folder, force=True)
         finally:
             for name in os.listdir(self._folder):
                 os.unlink(f"{self._folder}/{name}")
@@ -127,12 +135,13 @@ class Keeper:
 
 def main(arguments: list[str]) -> None:
     """Until the last machine has gone, or SIGTERM."""
-    listener_fd, lock_fd, folder, kind, target = arguments
-    for fd in (listener_fd, lock_fd):  # ours; not for the programs that we run
-        os.set_inheritable(int(fd), False)
-    listener = socket.socket(fileno=int(listener_fd))
+    listener_fd, _, making = fds = [int(text) for text in arguments[:3]]
+    for fd in fds:  # ours; not for the programs that we run
+        os.set_inheritable(fd, False)
+    folder, kind, target = arguments[3:]
+    listener = socket.socket(fileno=listener_fd)
     listener.setblocking(False)
-    keeper = Keeper(listener, folder, _fabric(folder, kind, target))
+    keeper = Keeper(listener, folder, lambda: _fabric(folder, kind, target), making)
     signal.signal(signal.SIGTERM, lambda *_: keeper.loop.call_soon(keeper.end))
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -156,4 +165,6 @@ def _packed(error: HostelError) -> list[str]:
 
 
 def _show(error: Exception) -> None:
+    import traceback
+
     traceback.print_exception(error, file=sys.stderr)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hostel.errors import HelperError, SpecError
 from hostel.host import toolbox
-from hostel.host.interface import GuestLink
+from hostel.host.interface import Attachment, GuestLink
 from hostel.host.process import Helper
 from hostel.spec import Nic, Publish
 
@@ -24,25 +24,28 @@ PATIENCE = 10.0
 
 
 def start(nic: Nic, publish: Sequence[Publish], path: Path) -> tuple[Helper, GuestLink]:
-    """Start it; returns once it listens at ``path``."""
+    """Start it; it will listen at ``path``."""
     program = toolbox.find("passt", package="passt", cost="no network without root")
     plan = link(nic, subnet.routes())
     address = plan.addresses[0].partition("/")[0]
     options = ["-f", "-q", "-s", str(path), "-a", address, "-n", str(subnet.PREFIX)]
     options += ["-g", plan.gateway, "-D", plan.dns[0], "--dns-forward", plan.dns[0]]
     options += ["-m", str(plan.mtu), "--no-map-gw", "-4", *_ports(publish)]
-    helper = Helper(path.stem, [program, *options], runtime=path.parent)
+    return Helper(path.stem, [program, *options], runtime=path.parent), plan
+
+
+def ready(helper: Helper, path: Path, attachment: Attachment) -> Attachment:
+    """The attachment, once passt listens."""
     deadline = time.monotonic() + PATIENCE
     while not path.exists():
         if helper.wait(0.002) is not None:
             raise helper.failure()
         if time.monotonic() > deadline:
-            helper.stop()
             raise HelperError(f"passt did not listen on {path} in {PATIENCE:g} s")
-    return helper, plan
+    return attachment
 
 
-def link(nic: Nic, taken: list[tuple[int, int]]) -> GuestLink:
+def link(nic: Nic, taken: list[subnet.Route]) -> GuestLink:
     """A subnet that the host has no use for: the guest could not reach what the host has there."""
     base = subnet.choose("user", taken)
     gateway, address, dns = (subnet.text(base + n) for n in (1, 2, 3))

@@ -1,6 +1,6 @@
 """What a network has changed on the host, written down before it is done: so that it can be undone.
 
-``FOLDER/state`` is lines of two words, undone from the last to the first:
+``FOLDER/state`` is lines of two words:
 
     link NAME             an interface to delete
     table FAMILY:NAME     an nftables table to delete
@@ -39,9 +39,11 @@ def undo(folder: str | os.PathLike[str], *, force: bool = False) -> bool:
     present = kernel.interfaces()
     if not force and any(_in_use(name) for name in links if name in present):
         return False
-    for kind, name in reversed(entries):
-        with contextlib.suppress(HostError):
-            _UNDO[kind](name)
+    for kind, take_away in _UNDO.items():
+        names = [name for word, name in reversed(entries) if word == kind]
+        if names:
+            with contextlib.suppress(HostError):  # the host's administrator was faster
+                take_away(names)
     return True
 
 
@@ -60,26 +62,30 @@ def _in_use(link: str) -> bool:
     return " tun " in text and "NO-CARRIER" not in text and "LOWER_UP" in text
 
 
-def _link(name: str) -> None:
-    if name in kernel.interfaces():
-        kernel.ip([f"link del {name}"])
+def _links(names: list[str]) -> None:
+    present = kernel.interfaces()
+    kernel.ip([f"link del {name}" for name in names if name in present])
 
 
-def _table(name: str) -> None:
-    family, _, table = name.partition(":")
-    kernel.nft(f"table {family} {table}\ndelete table {family} {table}\n")
+def _tables(names: list[str]) -> None:
+    """In one transaction; naming a table first makes sure that there is one to delete."""
+    tables = [name.replace(":", " ") for name in names]
+    kernel.nft("".join(f"table {name}\ndelete table {name}\n" for name in tables))
 
 
-def _accept(name: str) -> None:
+def _accept(names: list[str]) -> None:
     from . import firewall
 
-    firewall.close(name)
+    for name in names:
+        firewall.close(name)
 
 
-def _forwarding(name: str) -> None:
+def _forwarding(names: list[str]) -> None:
     from . import forwarding
 
-    forwarding.leave(name)
+    for name in names:
+        forwarding.leave(name)
 
 
-_UNDO = {"link": _link, "table": _table, "accept": _accept, "forwarding": _forwarding}
+_UNDO = {"link": _links, "accept": _accept, "forwarding": _forwarding, "table": _tables}
+"""In this order: what the rules of the tables guard goes before them."""

@@ -28,28 +28,35 @@ def text(address: int) -> str:
     return socket.inet_ntoa(address.to_bytes(4, "big"))
 
 
-def choose(name: str, taken: list[tuple[int, int]] | None = None) -> int:
+class Route:
+    """Where the host sends packets for a subnet; a ``size`` of 0 for what is no subnet (default)."""
+
+    def __init__(self, kind: str, base: int, size: int, device: str) -> None:
+        self.kind, self.base, self.size, self.device = kind, base, size, device
+
+
+def routes() -> list[Route]:
+    """All that the host has, of all tables: a VPN may have its own."""
+    lines = kernel.run([kernel.find("ip"), "-4", "route", "show", "table", "all"]).splitlines()
+    return [_route(line.split()) for line in lines if line.strip()]
+
+
+def choose(name: str, taken: list[Route]) -> int:
     """A free subnet, the same for the same name if it can be; its first address."""
-    taken = routes() if taken is None else taken
     for base in _candidates(name):
-        if not any(start < base + SIZE and base < start + size for start, size in taken):
+        if not any(r.base < base + SIZE and base < r.base + r.size for r in taken):
             return base
     raise HostError("every private IPv4 subnet that hostel uses is in use on this host")
 
 
-def routes() -> list[tuple[int, int]]:
-    """What the host has routes to: first addresses and sizes. All tables: a VPN may have its own."""
-    lines = kernel.run([kernel.find("ip"), "-4", "route", "show", "table", "all"]).splitlines()
-    return [route for line in lines if (route := _route(line.split()))]
-
-
-def _route(words: list[str]) -> tuple[int, int] | None:
-    target = words[1] if words and words[0] in _ROUTE_KINDS else words[0] if words else "default"
-    address, _, prefix = target.partition("/")
+def _route(words: list[str]) -> Route:
+    kind = words.pop(0) if words[0] in _ROUTE_KINDS else "unicast"
+    device = words[words.index("dev") + 1] if "dev" in words else ""
+    address, _, prefix = words[0].partition("/")
     length = int(prefix or 32)
-    if target == "default" or length < 4:  # halves of the world are a VPN's default route
-        return None
-    return number(address), 1 << (32 - length)
+    if words[0] == "default" or length < 4:  # halves of the world are a VPN's default route
+        return Route(kind, 0, 0, device)
+    return Route(kind, number(address), 1 << (32 - length), device)
 
 
 def _candidates(name: str) -> Iterator[int]:
