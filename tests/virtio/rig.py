@@ -252,6 +252,7 @@ class PciDriver(Driver):
         self.ecam = layout.ECAM_START + (number << 15)
         rig.write(self.ecam + pci_abi.COMMAND, 2, pci_abi.COMMAND_MEMORY | pci_abi.COMMAND_MASTER)
         self.structures: dict[int, int] = {}
+        self.lengths: dict[int, int] = {}
         self.msix = 0
         self.notify_stride = 0
         for at, kind in self.capabilities():
@@ -273,11 +274,12 @@ class PciDriver(Driver):
 
     def _structure(self, at: int) -> None:
         raw = b"".join(self.rig.mmio.read(self.ecam + at + n, 1) for n in range(16))
-        _, _, _, kind, bar, _, _, offset, _ = abi.PCI_CAP.unpack(raw)
+        _, _, _, kind, bar, _, _, offset, length = abi.PCI_CAP.unpack(raw)
         if kind == abi.PCI_CAP_PCI_CFG:
             self.window = at
             return
         self.structures[kind] = self.bar(bar) + offset
+        self.lengths[kind] = length
         if kind == abi.PCI_CAP_NOTIFY_CFG:
             self.notify_stride = self.rig.read(self.ecam + at + 16, 4)
 

@@ -12,7 +12,7 @@ from hostel.abi import virtio as abi
 from hostel.memory import HUGE_PAGE, GuestMemory
 from hostel.virtio import balloon as module
 from hostel.virtio.balloon import DEFLATE, INFLATE, MOST, STATISTICS, Balloon, WholePages
-from virtio.rig import EVENT_INDEX, Driver, Rig, eventually
+from virtio.rig import EVENT_INDEX, Driver, PciDriver, Rig, eventually
 
 SIZE = 64 << 20
 LOW = 32 << 20
@@ -183,6 +183,13 @@ def test_target_and_actual(rig: Rig, transport: str) -> None:
     assert driver.config(0, 4) == SIZE // 2 >> 12, "the target is ours"
     driver.set_status(0)
     assert (balloon.target, balloon.actual) == (SIZE // 2, SIZE)
+
+
+def test_the_config_space_is_announced(rig: Rig) -> None:
+    """Linux checks each access against the capability's length, and stops (BUG) at one behind it."""
+    driver = start(rig)
+    assert isinstance(driver, PciDriver)
+    assert driver.lengths[abi.PCI_CAP_DEVICE_CFG] >= abi.BALLOON_CONFIG.size
 
 
 def test_statistics_are_asked_for(rig: Rig) -> None:

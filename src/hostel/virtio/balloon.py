@@ -80,6 +80,7 @@ class Balloon(QueueDevice):
         """Bytes, all in all; those that came back and went again count again."""
         self._wanted = 0
         self._actual = 0
+        self._fill_config()
         self._held: Chain | None = None
         self._statistics: dict[str, int] = {}
         self._answers = 0
@@ -105,6 +106,7 @@ class Balloon(QueueDevice):
     def set_target(self, size: int) -> None:
         """The driver is told; it takes its time."""
         self._wanted = (self.size - size) // PAGE
+        self._fill_config()
         self.config_changed()
 
     def ask_statistics(self, timeout: float = STATISTICS_SECONDS) -> dict[str, int]:
@@ -120,13 +122,13 @@ class Balloon(QueueDevice):
 
     # -- config space (§5.5.4) ------------------------------------------------------------------
 
-    def read_config(self, offset: int, size: int) -> bytes:
-        config = abi.BALLOON_CONFIG.pack(self._wanted, self._actual, 0, 0)
-        return config[offset : offset + size].ljust(size, b"\0")
-
     def write_config(self, offset: int, data: bytes) -> None:
         if offset == abi.BALLOON_CONFIG.offsets["actual"] and len(data) == 4:
             self._actual = int.from_bytes(data, "little")
+            self._fill_config()
+
+    def _fill_config(self) -> None:
+        self.config = abi.BALLOON_CONFIG.pack(self._wanted, self._actual, 0, 0)
 
     # -- queues ---------------------------------------------------------------------------------
 
@@ -139,6 +141,7 @@ class Balloon(QueueDevice):
     def stopping(self) -> None:
         self._held = None
         self._actual = 0
+        self._fill_config()
         self._statistics = {}
         self._answered.notify_all()
 
@@ -211,6 +214,7 @@ class Balloon(QueueDevice):
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
         self._wanted, self._actual = state["wanted"], state["actual"]
+        self._fill_config()
 
     def statistics(self) -> dict[str, Any]:
         return {
