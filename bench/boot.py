@@ -130,7 +130,7 @@ def commands(files: Files) -> dict[str, list[str]]:
         *("-serial", "stdio", "-no-reboot", "-initrd", files.initrd, "-append", CMDLINE),
     ]
     hostel = [
-        *(sys.executable, "-m", "hostel", "boot", "--engine", "kvm", "-m", "256M"),
+        *(str(Path(sys.executable).with_name("hostel")), "boot", "--engine", "kvm", "-m", "256M"),
         *("--kernel", files.kernel, "--initrd", files.initrd, "--append", APPEND),
     ]
     return {
@@ -149,6 +149,7 @@ class Files:
         from hostel.host.kernels import find
 
         self._work = tempfile.TemporaryDirectory(prefix="hostel-bench-")
+        hide_development_tools(self._work.name)
         initrd = Path(self._work.name, "initrd.cpio")
         initrd.write_bytes(archive(build_init(), {}))
         self.kernel, self.initrd = str(find().image), str(initrd)
@@ -157,6 +158,15 @@ class Files:
 
     def __exit__(self, *_: object) -> None:
         self._work.cleanup()
+
+
+def hide_development_tools(work: str) -> None:
+    """mypy brings typing_extensions along. An installation has none, and msgspec imports it if it is there,
+    with ``inspect`` and eight modules more."""
+    Path(work, "typing_extensions.py").write_text(
+        "raise ImportError('not installed with hostel')\n"
+    )
+    os.environ["PYTHONPATH"] = f"{work}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
 
 
 def main() -> None:

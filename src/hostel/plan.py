@@ -10,15 +10,17 @@ so a plan can be shown (``--dry-run``) and both engines start the same machine.
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 
 from .console import Console
 from .host.interface import Interface as Interface  # noqa: PLC0414 (part of a plan, shown here)
 from .spec import Disk, MachineSpec
+
+if TYPE_CHECKING:
+    import socket
 
 AGENT_PORT = "hostel.agent"
 

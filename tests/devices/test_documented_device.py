@@ -64,7 +64,7 @@ def test_registers(alarm: ModuleType) -> None:
 def test_guest(alarm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {}
     exec(compile(blocks("py")[0], str(PAGE), "exec"), names)
-    monkeypatch.setattr("hostel.monitor.board.SEATS", (*SEATS, names["seat"]))
+    monkeypatch.setattr("hostel.monitor.seats.SEATS", (*SEATS, names["seat"]))
     with machine(blocks("asm")[0]) as monitor:
         assert monitor.wait(PATIENCE) == Ending("debug-exit", code=1)
         assert monitor.console.history() == b"10"

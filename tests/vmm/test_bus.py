@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -131,3 +132,21 @@ def test_device_at_two_places_has_one_lock() -> None:
     bus.remove(0x10)
     assert bus.lock(device) is lock
     assert list(bus.devices()) == [device]
+
+
+def test_exits_wait_while_a_bus_is_held() -> None:
+    bus = Bus()
+    bus.hold()
+    answer = bytearray(4)
+    early = threading.Thread(
+        target=bus.handle_mmio, args=(MmioExit(0x1000, False, memoryview(answer)),)
+    )
+    early.start()
+    early.join(0.1)
+    assert early.is_alive()
+    bus.add(0x1000, 4, Recorder(), "late")
+    bus.release()
+    early.join(5)
+    assert not early.is_alive()
+    assert not bus.unclaimed
+    assert answer == bytes(range(4))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -85,6 +84,8 @@ class Group(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         verbs = self.list_commands(ctx)
         if args[0] not in verbs:
+            from difflib import get_close_matches
+
             near = get_close_matches(args[0], verbs)
             raise click.UsageError(f"no verb {args[0]!r}{meant(near)}", ctx)
         return super().resolve_command(ctx, args)

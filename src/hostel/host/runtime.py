@@ -26,8 +26,6 @@ from pathlib import Path
 
 from hostel.errors import HostError, UserError
 
-from .process import RECORD_SUFFIX, kill_recorded
-
 SOCKET_PATH_LIMIT = 107
 """``sun_path`` has 108 bytes, the last one zero (unix(7))."""
 
@@ -140,6 +138,8 @@ def _sweep_one(path: Path) -> bool:
 
     with _try_lock(path / "lock") as ours:
         if ours:
+            from .process import RECORD_SUFFIX, kill_recorded
+
             for record in path.glob(f"*{RECORD_SUFFIX}"):
                 kill_recorded(record)
             rmtree(path, ignore_errors=True)

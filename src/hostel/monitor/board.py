@@ -1,7 +1,16 @@
 """One power-on of a machine: everything that a reset throws away.
 
-``_build`` reads top to bottom as a start-up list; ``close`` undoes it from the bottom. The console and
-the event loop are the monitor's and outlive it.
+``_build`` and ``seat`` read top to bottom as a start-up list; ``close`` undoes it from the bottom. The
+console and the event loop are the monitor's and outlive it.
+
+::
+
+    Loading ── the kernel, into memory ──┐
+    _build ─── VM, tables, vCPUs ────────┴─ start ── the guest's kernel begins ── finds a device ──►
+                                              └───── seat: ports, PCI, virtio ────────┘
+
+A kernel runs for a while before it looks for devices. So it is started before they are there: their
+buses are held back, and a vCPU that comes to one early waits.
 
 In the kernel are: the PIC, the IOAPIC, the LAPICs (each would cost an exit an interrupt) and the PIT,
 which a kernel that knows kvm-clock never touches, but which small kernels live by.
@@ -9,30 +18,30 @@ which a kernel that knows kvm-clock never touches, but which small kernels live 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hostel.abi import kvm as abi
 from hostel.boot.acpi import AcpiConfig, MmioDevice, write_tables
-from hostel.boot.entry import EntryState
-from hostel.boot.load import load_kernel
 from hostel.console import Console
 from hostel.errors import HostelError
 from hostel.kvm import System, Vcpu, Vm
-from hostel.memory import GuestMemory
 from hostel.plan import Plan
-from hostel.virtio.device import VirtioDevice
 from hostel.vmm import cpu, layout
 from hostel.vmm.bus import Bus, Device
 from hostel.vmm.irq import InterruptTable
 from hostel.vmm.loop import EventLoop
-from hostel.vmm.pci import PciBus
 from hostel.vmm.vcpu_thread import VcpuThread
 
-from .seats import SEATS
-from .terminal import Terminal, is_dev_console
-from .virtio import Resizable, disk_name, seat_on_mmio, seat_on_pci
+from .loading import Loading
+
+if TYPE_CHECKING:
+    from hostel.virtio.device import VirtioDevice
+    from hostel.vmm.pci import PciBus
+
+    from .terminal import Terminal
 
 
 class Owner(Protocol):
@@ -47,19 +56,19 @@ class Owner(Protocol):
 
 
 class Board:
-    """Built, then ``start``, then ``close``."""
+    """Built, then ``start``, then ``seat``, then ``close``."""
 
     console: Console
     owner: Owner
-    memory: GuestMemory
     vm: Vm
     interrupts: InterruptTable
-    terminal: Terminal
+    terminal: Terminal | None = None
     pci: PciBus | None = None
 
     def __init__(
         self,
         plan: Plan,
+        loading: Loading,
         loop: EventLoop,
         console: Console,
         owner: Owner,
@@ -71,20 +80,21 @@ class Board:
         """The guest's end of the agent's stream; not ours to close."""
         self.virtio: list[VirtioDevice] = []
         self.virtio_mmio: list[MmioDevice] = []
+        self.memory = loading.memory
         self.loop = loop
         self.console = console
         self.owner = owner
+        self._seating = threading.Lock()
+        self._closed = False
         self._undo = ExitStack()
+        self._undo.callback(loading.cancel)
         try:
-            self._build()
+            self._build(loading)
         except BaseException:
             self._undo.close()
             raise
 
-    def _build(self) -> None:
-        spec = self.plan.spec
-        self.memory = GuestMemory(spec.memory, hugepages=spec.hugepages)
-        self._undo.callback(self.memory.close)
+    def _build(self, loading: Loading) -> None:
         with System() as system:
             self.vm = self._undo.enter_context(system.create_vm())
             self._map_memory()
@@ -92,25 +102,46 @@ class Board:
             self.interrupts = InterruptTable(self.vm)
             self._undo.callback(self.interrupts.close)
             self.ports, self.mmio = Bus(), Bus()
-            self._seat_devices()
-            self._seat_virtio()
-            entry = self._load_kernel()
-            self.vcpus = [self._create_vcpu(id) for id in range(spec.cpus)]
-            self._prepare_vcpus(system, entry)
+            self.ports.hold()
+            self.mmio.hold()
+            if self.plan.spec.transport == "mmio":
+                self._seat_devices()
+                self._seat_virtio()  # the tables say where they are
+            self._write_tables()
+            self.vcpus = [self._create_vcpu(id) for id in range(self.plan.spec.cpus)]
+            self._prepare_vcpus(system)
             self._open_statistics()
+            loading.entry().apply(self.vcpus[0])
         self.threads = [self._create_thread(vcpu) for vcpu in self.vcpus]
 
     def start(self) -> None:
         for thread in self.threads:
             thread.start()
 
+    def seat(self) -> None:
+        """The rest of the devices, while the guest's kernel begins. If it raises, ``close`` is next."""
+        with self._seating:
+            if self._closed:
+                return
+            if self.plan.spec.transport == "pci":
+                self._seat_devices()
+                self.ports.release()
+                self._seat_virtio()
+            self.ports.release()
+            self.mmio.release()
+        self.loop.call_soon(self.poll_input)  # what was typed meanwhile
+
     def halt(self) -> None:
         """Ask every vCPU to come out; from any thread."""
+        self.ports.release()
+        self.mmio.release()
         for thread in self.threads:
             thread.request_stop()
 
     def close(self) -> bool:
         """Whether all is given back. A vCPU thread that does not end keeps what it may still use."""
+        with self._seating:
+            self._closed = True
         self.halt()
         if not all([thread.stop() for thread in self.threads]):
             return False
@@ -133,34 +164,36 @@ class Board:
         self.vm.create_pit()
 
     def _seat_devices(self) -> None:
-        for seat in SEATS:
+        from . import seats
+
+        for seat in seats.SEATS:
             self.ports.add(seat.port, seat.size, seat.make(self), seat.name, width=seat.width)
 
     def _seat_virtio(self) -> None:
-        if self.plan.spec.transport == "pci":
-            seat_on_pci(self, self._undo)
-        else:
-            seat_on_mmio(self, self._undo)
-        self._undo.callback(self.terminal.close)
+        from .virtio import seat_on_mmio, seat_on_pci
+
+        seat = seat_on_pci if self.plan.spec.transport == "pci" else seat_on_mmio
+        try:
+            seat(self, self._undo)
+        finally:
+            if self.terminal is not None:
+                self._undo.callback(self.terminal.close)
         for device in self.virtio:
             device.on_fault = self.owner.device_failed
 
-    def _load_kernel(self) -> EntryState:
-        plan = self.plan
+    def _write_tables(self) -> None:
+        """Beside the kernel that is being loaded, at an address that it knows."""
         tables = AcpiConfig(
-            apic_ids=range(plan.spec.cpus),
-            pci=self.pci is not None,
+            apic_ids=range(self.plan.spec.cpus),
+            pci=self.plan.spec.transport == "pci",
             virtio_mmio=self.virtio_mmio,
         )
-        rsdp = write_tables(self.memory, tables)
-        return load_kernel(
-            self.memory, plan.kernel, cmdline=plan.cmdline, initrd=plan.initrd, rsdp=rsdp
-        )
+        write_tables(self.memory, tables)
 
     def _create_vcpu(self, id: int) -> Vcpu:
         return self._undo.enter_context(self.vm.create_vcpu(id))
 
-    def _prepare_vcpus(self, system: System, entry: EntryState) -> None:
+    def _prepare_vcpus(self, system: System) -> None:
         """The boot processor enters the kernel; the others wait in KVM for its start-up message."""
         supported = system.supported_cpuid()
         tsc_deadline = bool(system.check(abi.CAP_TSC_DEADLINE_TIMER))
@@ -178,7 +211,6 @@ class Board:
             vcpu.set_msrs(cpu.initial_msrs())
         first = self.vcpus[0]
         first.set_lapic(cpu.wire_lapic(first.get_lapic()))
-        entry.apply(first)
 
     def _create_thread(self, vcpu: Vcpu) -> VcpuThread:
         pin = self.plan.spec.pin
@@ -203,7 +235,7 @@ class Board:
 
     def poll_input(self) -> None:
         """The console has input. On the event loop."""
-        if is_dev_console(self.plan.cmdline):
+        if self.terminal is not None and self.terminal.is_dev_console:
             self.terminal.poll_input()
             return
         for device in self.ports.devices():
@@ -211,6 +243,8 @@ class Board:
                 self.enter(device, poll)
 
     def resize_disk(self, index: int, size: int) -> None:
+        from .virtio import Resizable, disk_name
+
         disk = next(device for device in self.virtio if device.name == disk_name(index))
         assert isinstance(disk, Resizable)
         disk.resize(size)

@@ -16,7 +16,6 @@ Lock order: a device's lock, then ``_lock``. With ``_lock`` held nothing of the 
 from __future__ import annotations
 
 import os
-import socket
 import threading
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -25,15 +24,18 @@ from typing import TYPE_CHECKING, Any
 from hostel.console import Console
 from hostel.errors import GuestError, HostelError, MachineStopped, SpecError
 from hostel.plan import Balloon, Ending, Plan
-from hostel.virtio.device import VirtioDevice
 from hostel.vmm.loop import EventLoop
-from hostel.vmm.vcpu_thread import bug
 
-from .board import Board
+from .loading import Loading
 from .panic import PanicWatch
 
 if TYPE_CHECKING:
+    import socket
+
     from hostel.virtio.balloon import Balloon as BalloonDevice
+    from hostel.virtio.device import VirtioDevice
+
+    from .board import Board
 
 MAX_FAULTS = 16
 EVENT_SHUTDOWN, EVENT_RESET = 1, 2  # KVM_SYSTEM_EVENT_*
@@ -161,6 +163,8 @@ class Monitor:
         self._end(Ending("panic", self._panic.message))
 
     def _loop_failed(self, error: Exception) -> None:
+        from hostel.vmm.vcpu_thread import bug
+
         self.failed(error if isinstance(error, HostelError) else bug(error))
 
     # -- life cycle ---------------------------------------------------------------------------
@@ -173,6 +177,8 @@ class Monitor:
         self._panic = PanicWatch(self.console, self._loop.call_later, self._halted_in_panic)
         self._undo.callback(self._panic.cancel)
         if self.plan.agent:
+            import socket
+
             self._agent, self._guest_end = socket.socketpair()
             self._undo.callback(self._close_agent)
         self.console.on_input = lambda: self._loop.call_soon(self._input)
@@ -189,8 +195,7 @@ class Monitor:
 
     def _power_on(self) -> None:
         end = self._guest_end
-        agent_fd = None if end is None else end.fileno()
-        board = Board(self.plan, self._loop, self.console, self, agent_fd=agent_fd)
+        board = self._make_board(None if end is None else end.fileno())
         self._panic.power_on()
         with self._lock:
             stopping = self._stopping
@@ -200,6 +205,32 @@ class Monitor:
                 board.start()
         if stopping:
             board.close()
+        else:
+            self._seat(board)
+
+    def _make_board(self, agent_fd: int | None) -> Board:
+        """The kernel is on its way into memory while Python imports what makes the rest."""
+        loading = Loading(self.plan)
+        try:
+            from .board import Board
+
+            return Board(self.plan, loading, self._loop, self.console, self, agent_fd=agent_fd)
+        except BaseException:
+            loading.cancel()
+            raise
+
+    def _seat(self, board: Board) -> None:
+        """The guest runs already. If it has ended meanwhile, that is what counts."""
+        try:
+            board.seat()
+        except BaseException as error:
+            with self._lock:
+                if self._report is not None:
+                    return
+                self._report = Ending("error", str(error))
+                self._board = None
+            board.close()
+            raise
 
     def _end(self, report: Ending) -> None:
         """The first report counts."""
@@ -226,6 +257,8 @@ class Monitor:
         except HostelError as error:
             ending = Ending("error", str(error))
         except Exception as error:
+            from hostel.vmm.vcpu_thread import bug
+
             ending = Ending("error", str(bug(error)))
         self._finish(ending)
 

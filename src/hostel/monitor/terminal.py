@@ -25,7 +25,10 @@ def is_dev_console(cmdline: str) -> bool:
 class Terminal:
     """The host's end of the port. On the event loop."""
 
-    def __init__(self, sock: socket.socket, console: Console, loop: EventLoop) -> None:
+    def __init__(
+        self, sock: socket.socket, console: Console, loop: EventLoop, *, cmdline: str
+    ) -> None:
+        self.is_dev_console = is_dev_console(cmdline)
         self._sock = sock
         self._console = console
         self._loop = loop

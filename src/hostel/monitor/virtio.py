@@ -108,7 +108,7 @@ def _makers(board: Board, limit: int) -> list[Callable[[], VirtioDevice]]:
 
 def _console(board: Board) -> VirtioDevice:
     ours, theirs = socket.socketpair()
-    board.terminal = Terminal(ours, board.console, board.loop)
+    board.terminal = Terminal(ours, board.console, board.loop, cmdline=board.plan.cmdline)
     ports = [Port("hvc0", theirs.detach(), console=True)]
     if board.agent_fd is not None:
         ports.append(Port(AGENT_PORT, os.dup(board.agent_fd)))

@@ -13,6 +13,7 @@ Rules:
 * A device is entered by one thread at a time: the bus holds ``lock(device)`` around each access. Who
   enters a device from elsewhere (input from the host) takes the same lock.
 * The table is replaced, never changed: a vCPU that moves a BAR does not disturb one that looks up.
+* A bus may be held back: a vCPU that comes to it waits until its devices are seated (``release``).
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Bus:
 
     def __init__(self) -> None:
         self.unclaimed: Counter[int] = Counter()
+        self._held: threading.Event | None = None
         self._change = threading.Lock()
         self._table: tuple[list[int], list[Claim]] = ([], [])
 
@@ -115,6 +117,19 @@ class Bus:
 
     # -- accesses -----------------------------------------------------------------------------
 
+    def hold(self) -> None:
+        """Before a vCPU runs: its exits will wait for ``release``."""
+        self._held = threading.Event()
+
+    def release(self) -> None:
+        if self._held is not None:
+            self._held.set()
+            self._held = None
+
+    def _wait(self) -> None:
+        if (held := self._held) is not None:
+            held.wait()
+
     def read(self, address: int, size: int) -> bytes:
         claim = self._find(address)
         if claim is None:
@@ -139,6 +154,8 @@ class Bus:
 
     def handle_pio(self, exit: PioExit) -> None:
         """``rep ins``/``outs`` is one exit with a count: every item goes to the same port."""
+        if self._held is not None:
+            self._wait()
         port, size, data = exit.port, exit.size, exit.data
         for at in range(0, size * exit.count, size):
             if exit.is_write:
@@ -147,6 +164,8 @@ class Bus:
                 data[at : at + size] = self.read(port, size)
 
     def handle_mmio(self, exit: MmioExit) -> None:
+        if self._held is not None:
+            self._wait()
         if exit.is_write:
             self.write(exit.address, bytes(exit.data))
         else:
