@@ -150,6 +150,8 @@ def _disk_word(word: str, fields: dict[str, Any], rates: dict[str, int]) -> None
         rates[key] = parse_size(value)
     else:
         known = ["overlay", "serial=", "queues=", "bps=", "iops=", "bps-burst=", "iops-burst="]
+        from difflib import get_close_matches
+
         known += [f"{name}={one}" for name, ones in _DISK_WORDS.items() for one in ones]
         raise UserError(
             f"not known of a disk: {word!r}{meant(get_close_matches(word, known))}",
