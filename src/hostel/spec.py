@@ -19,6 +19,7 @@ from .errors import SpecError
 
 EngineName = Literal["auto", "kvm", "qemu"]
 Transport = Literal["pci", "mmio"]
+CacheMode = Literal["writeback", "writethrough", "none", "unsafe"]
 DiskFormat = Literal["auto", "raw", "qcow2", "vmdk", "vhdx"]
 NetMode = Literal["nat", "isolated", "bridge", "tap", "macvtap", "user", "vhost-user"]
 NetPlane = Literal["auto", "python", "vhost", "vhost-user"]
@@ -79,7 +80,7 @@ class Disk(_Part, frozen=True):
     the header of a raw image, with any file of the host as its base."""
     overlay: bool = False
     """Copy on write: the guest writes to a temporary layer, which goes with the machine."""
-    cache: Literal["writeback", "writethrough", "none", "unsafe"] = "writeback"
+    cache: CacheMode = "writeback"
     """``writethrough``: each write is safe when it completes; ``none``: past the host's page cache;
     ``unsafe``: a flush does nothing."""
     queues: int = 1

@@ -16,7 +16,8 @@ from hostel.errors import ImageError
 from hostel.virtio import blk_file
 from hostel.virtio import block as block_module
 from hostel.virtio.blk_file import DiskFile
-from hostel.virtio.block import RANGE_SECTORS, Block
+from hostel.virtio.blk_request import RANGE_SECTORS
+from hostel.virtio.block import Block
 from virtio.block_driver import FLUSH, IOERR, OK, UNSUPP, Disk, disk_on
 from virtio.rig import EVENT_INDEX, Rig, eventually, wait_fd
 

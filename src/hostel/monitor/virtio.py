@@ -158,6 +158,8 @@ def _disk(board: Board, drive: Drive, name: str) -> VirtioDevice:
         read_only=disk.read_only,
         serial=disk.serial,
         queues=disk.queues,
+        cache=disk.cache,
+        limits=disk.limits,
     )
 
 

@@ -1,6 +1,14 @@
 """A disk on the host: a raw file or a block device, opened once, checked at the border.
 
 Data goes between the file and guest memory by ``preadv`` and ``pwritev`` on views: no copy here.
+
+::
+
+    cache          reads and writes            flush
+    writeback      page cache                  fdatasync
+    writethrough   the same, writes DSYNC      fdatasync
+    none           O_DIRECT                    fdatasync (the medium's own cache)
+    unsafe         page cache                  nothing
 """
 
 from __future__ import annotations
@@ -14,13 +22,16 @@ import struct
 from collections.abc import Callable, Sequence
 
 from hostel.errors import ImageError, SpecError
+from hostel.spec import CacheMode
 
+from .blk_lock import lock
 from .queue import take, total
 
 SECTOR = 512
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 0x10  # FALLOC_FL_*, <linux/falloc.h>
-_BLKDISCARD, _BLKZEROOUT = 0x1277, 0x127F  # <linux/fs.h>
+_BLKDISCARD, _BLKPBSZGET, _BLKZEROOUT = 0x1277, 0x127B, 0x127F  # <linux/fs.h>
 _ZEROES = bytes(1 << 20)
+MAX_BLOCK = 4096
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTTY}
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -30,12 +41,17 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 class DiskFile:
     """Offsets and lengths are bytes. ``OSError`` where the host fails; the device answers for it.
 
-    Who writes holds the file alone (flock): two machines on one image would destroy it.
+    Who writes holds the file alone: two machines on one image would destroy it.
     """
 
-    def __init__(self, path: str, *, read_only: bool) -> None:
+    def __init__(
+        self, path: str, *, read_only: bool = False, cache: CacheMode = "writeback"
+    ) -> None:
         self.path = path
         self.read_only = read_only
+        self.is_cached = cache != "none"
+        self._flushes = cache != "unsafe"
+        self._direct = -1
         access = os.O_RDONLY if read_only else os.O_RDWR
         try:
             # O_NONBLOCK: or opening a FIFO would wait for its writer. A disk ignores it.
@@ -49,6 +65,9 @@ class DiskFile:
             self.is_device = self._check()
             self._lock()
             self.size = self._measure()
+            self.block_exponent = self._block_exponent()
+            if not self.is_cached:
+                self._direct = self._open_direct(access)
         except (ImageError, OSError):
             os.close(self.fd)
             raise
@@ -64,15 +83,30 @@ class DiskFile:
         return stat.S_ISBLK(mode)
 
     def _lock(self) -> None:
-        kind = fcntl.LOCK_SH if self.read_only else fcntl.LOCK_EX
-        try:
-            fcntl.flock(self.fd, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(self.fd, write=not self.read_only):
             raise ImageError(
                 f"disk {self.path} is in use",
                 cost="two machines writing one disk would destroy it",
                 cure="stop the other machine, or give the disk to both as read-only",
+            )
+
+    def _open_direct(self, access: int) -> int:
+        try:
+            return os.open(f"/proc/self/fd/{self.fd}", access | os.O_CLOEXEC | os.O_DIRECT)
+        except OSError:
+            raise ImageError(
+                f"disk {self.path}: its file system has no direct I/O, as cache=none needs",
+                cure="leave the cache to hostel",
             ) from None
+
+    def _block_exponent(self) -> int:
+        """Logical blocks (512 bytes) of a physical one, as a power of two: a guest that writes whole ones
+        spares the host reading what it has to keep of them."""
+        size = os.fstat(self.fd).st_blksize
+        if self.is_device:
+            answer = fcntl.ioctl(self.fd, _BLKPBSZGET, bytes(4))
+            size = int.from_bytes(answer, "little")
+        return max(1, min(size, MAX_BLOCK) // SECTOR).bit_length() - 1
 
     def _measure(self) -> int:
         return os.lseek(self.fd, 0, os.SEEK_END) // SECTOR * SECTOR
@@ -90,17 +124,20 @@ class DiskFile:
             raise SpecError(f"disk {self.path} has {self.size} bytes, not {size}")
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        for fd in (self.fd, self._direct):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self._direct = -1
 
     # -- requests -----------------------------------------------------------------------------
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> None:
-        _transfer(lambda parts, at: os.preadv(self.fd, parts, at), buffers, offset)
+        self._transfer(os.preadv, buffers, offset, 0)
 
     def read_cached(self, buffers: Sequence[memoryview], offset: int) -> bool:
         """Read what the page cache holds, without waiting; ``False`` if not all of it is there."""
+        if not self.is_cached:
+            return False
         try:
             return os.preadv(self.fd, buffers, offset, os.RWF_NOWAIT) == total(buffers)
         except OSError:  # not cached, or the file system cannot say
@@ -109,10 +146,11 @@ class DiskFile:
     def write(self, buffers: Sequence[memoryview], offset: int, *, through: bool = False) -> None:
         """``through``: on the medium before it returns."""
         flags = os.RWF_DSYNC if through else 0
-        _transfer(lambda parts, at: os.pwritev(self.fd, parts, at, flags), buffers, offset)
+        self._transfer(os.pwritev, buffers, offset, flags)
 
     def flush(self) -> None:
-        os.fdatasync(self.fd)
+        if self._flushes:
+            os.fdatasync(self.fd)
 
     def discard(self, offset: int, length: int) -> None:
         if self.is_device:
@@ -148,15 +186,27 @@ class DiskFile:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
 
+    def _transfer(
+        self, call: Callable[..., int], buffers: Sequence[memoryview], offset: int, flags: int
+    ) -> None:
+        """All of it, however little a call does; the file ending early is an error."""
+        while buffers:
+            done = self._once(call, buffers, offset, flags)
+            if not done:
+                raise OSError(errno.EIO, "the file is shorter than the disk")
+            if done == total(buffers):
+                return
+            buffers, offset = take(buffers, done)[1], offset + done
 
-def _transfer(
-    call: Callable[[Sequence[memoryview], int], int], buffers: Sequence[memoryview], offset: int
-) -> None:
-    """All of it, however little a call does; the file ending early is an error."""
-    while buffers:
-        done = call(buffers, offset)
-        if not done:
-            raise OSError(errno.EIO, "the file is shorter than the disk")
-        if done == total(buffers):
-            return
-        buffers, offset = take(buffers, done)[1], offset + done
+    def _once(
+        self, call: Callable[..., int], buffers: Sequence[memoryview], offset: int, flags: int
+    ) -> int:
+        """Past the page cache where that is asked for and the guest's buffers are aligned for it; the
+        kernel keeps both ways coherent."""
+        if self._direct >= 0:
+            try:
+                return call(self._direct, buffers, offset, flags)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+        return call(self.fd, buffers, offset, flags)

@@ -150,8 +150,7 @@ class QueueDevice(VirtioDevice):
         self._positions = {index: (avail, used) for index, avail, used in state["queues"]}
 
     def statistics(self) -> dict[str, Any]:
-        with self.lock:
-            queues = {str(index): queue.statistics() for index, queue in self.queues.items()}
+        queues = {str(index): queue.statistics() for index, queue in list(self.queues.items())}
         return {**super().statistics(), "queues": queues}
 
     def guarded(self, work: Callable[[], None]) -> None:
