@@ -114,13 +114,11 @@ class Driver:
         return done
 
 
-def drive(
-    pipe: Connection, memory: GuestMemory, case: Case, kick: int, call: int, seconds: float
-) -> None:
+def drive(pipe: Connection, memory: GuestMemory, case: Case, kick: int, call: int) -> None:
     driver = Driver(memory, case, kick, call)
     pipe.send(0)
     pipe.recv()
-    pipe.send(driver.run(seconds))
+    pipe.send(driver.run(SECONDS))
 
 
 def hostel(case: Case, path: Path) -> tuple[float, float]:
@@ -128,9 +126,7 @@ def hostel(case: Case, path: Path) -> tuple[float, float]:
     with GuestMemory(256 * MIB) as memory:
         kick, call = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2))
         ours, theirs = get_context("fork").Pipe()
-        child = get_context("fork").Process(
-            target=drive, args=(theirs, memory, case, kick, call, SECONDS)
-        )
+        child = get_context("fork").Process(target=drive, args=(theirs, memory, case, kick, call))
         child.start()  # before there is any thread
         ours.recv()
         loop = EventLoop()
