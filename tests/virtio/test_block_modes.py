@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import shutil
@@ -65,6 +66,8 @@ def test_direct_io_is_direct(image: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     def spy(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
         used.append(fd)
+        if fd == disk._direct and len(buffers[0]) % 4096:  # not every file system says no
+            raise OSError(errno.EINVAL, "Invalid argument")
         return preadv(fd, buffers, offset, flags)
 
     preadv = os.preadv
