@@ -45,10 +45,9 @@ from .spec import MIN_MEMORY, MachineSpec, parse_size
 if TYPE_CHECKING:
     from .console import Console
     from .guest.client import AgentClient, GuestProcess, Hello, Ids
+    from .host.shares import Served, Share
     from .host.storage import Daemon
-    from .host.virtiofsd import Share
     from .prepare import Preparation
-    from .root import Served
 
 CONSOLE_LINES = 12
 BOOT_SECONDS = {"kvm": 60.0, "tcg": 180.0}
@@ -142,11 +141,11 @@ class Machine:
         self._power.callback(self._client.close)
 
     def _serve(self, wanted: Sequence[Served]) -> list[Share]:
-        from .host.virtiofsd import share
+        from .host.shares import share
 
         shares = []
         for one in wanted:
-            shares.append(share(self._runtime.path, one.tag, one.source, read_only=one.read_only))
+            shares.append(share(self._runtime.path, one, memory=self.spec.memory))
             self._power.callback(shares[-1].stop)
         return shares
 

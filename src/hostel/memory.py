@@ -29,6 +29,7 @@ import weakref
 from collections.abc import Iterable
 from struct import Struct
 from types import TracebackType
+from typing import Protocol
 
 import msgspec
 
@@ -75,6 +76,13 @@ class Region(msgspec.Struct, frozen=True):
     size: int
     hva: int
     offset: int
+
+
+class Memory(Protocol):
+    """What a data plane needs of it, in the machine's own process or another."""
+
+    def view(self, gpa: int, size: int) -> memoryview: ...
+    def read(self, gpa: int, size: int) -> bytes: ...
 
 
 class GuestMemory:

@@ -14,7 +14,7 @@ Everything here looks and computes; nothing is started and no state is left but 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -24,6 +24,7 @@ from .boot import cmdline
 from .errors import KvmError, SpecError
 from .host import kernels
 from .host.inputs import checked_disks, readable
+from .host.shares import Served, choose
 from .host.verdict import verdict
 from .plan import Drive, Plan, Share, Vsock
 from .spec import Disk, MachineSpec
@@ -104,9 +105,16 @@ def prepare(spec: MachineSpec, runtime: Path, *, qemu_args: tuple[str, ...] = ()
         qemu_args=qemu_args,
         vsock=_vsock(spec, runtime),
         balloon=spec.balloon,
-        notes=(*_notes(spec), *_disk_notes(disks)),
+        notes=(*_notes(spec), *_disk_notes(disks), *_share_notes(spec, served)),
     )
     return Preparation(plan, tuple(root.guest_steps(spec, served, len(disks))))
+
+
+def _share_notes(spec: MachineSpec, served: Sequence[Served]) -> Iterator[str]:
+    """Where ``auto`` did not take the fastest."""
+    choices = [choose(share, spec.memory) for share in served if share.server == "auto"]
+    for reason in dict.fromkeys(one.reason for one in choices if one.server == "python"):
+        yield f"files are served by hostel itself, which takes longer: {reason}"
 
 
 def prepare_raw(spec: MachineSpec, runtime: Path) -> Plan:

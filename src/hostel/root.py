@@ -15,13 +15,12 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import msgspec
-
 from .errors import UserError
 from .guest import steps
 from .guest.steps import MountFlag, Step
 from .host import filesystem
 from .host.inputs import checked_disks, readable
+from .host.shares import Served
 from .spec import Disk, MachineSpec, Volume
 
 ROOT_TAG = "hostel-root"
@@ -33,15 +32,6 @@ _MOUNT_DATA = {"ext4": "noload", "xfs": "norecovery", "btrfs": "norecovery"}
 _REMOUNT = 32
 
 
-class Served(msgspec.Struct, frozen=True):
-    """A directory or file that a file system daemon has to serve."""
-
-    tag: str
-    source: Path
-    read_only: bool
-    is_root: bool = False
-
-
 def shared_paths(spec: MachineSpec) -> tuple[Served, ...]:
     """What file system daemons have to serve."""
     return tuple(_served(spec))
@@ -49,14 +39,28 @@ def shared_paths(spec: MachineSpec) -> tuple[Served, ...]:
 
 def _served(spec: MachineSpec) -> Iterator[Served]:
     if spec.root.kind == "host":
-        yield Served(ROOT_TAG, Path("/"), read_only=True, is_root=True)
+        yield _served_root(spec, Path("/"))
     elif spec.root.kind == "directory":
         path = readable(spec.root.path, "root")
         if not path.is_dir():
             raise UserError(f"root {path} is not a directory")
-        yield Served(ROOT_TAG, path, read_only=True, is_root=True)
+        yield _served_root(spec, path)
     for index, volume in enumerate(spec.volumes):
-        yield Served(f"volume{index}", readable(volume.source, "volume"), volume.read_only)
+        yield Served(
+            f"volume{index}",
+            readable(volume.source, "volume"),
+            volume.read_only,
+            cache=volume.cache,
+            owner=volume.owner_ids(),
+            server=volume.server,
+        )
+
+
+def _served_root(spec: MachineSpec, path: Path) -> Served:
+    """It does not change under the guest as far as we care: it may cache for ever."""
+    return Served(
+        ROOT_TAG, path, read_only=True, cache="always", server=spec.root.server, is_root=True
+    )
 
 
 def root_disk(spec: MachineSpec) -> tuple[Disk, ...]:

@@ -22,6 +22,8 @@ Transport = Literal["pci", "mmio"]
 CacheMode = Literal["writeback", "writethrough", "none", "unsafe"]
 DiskFormat = Literal["auto", "raw", "qcow2", "vmdk", "vhdx"]
 NetMode = Literal["nat", "isolated", "bridge", "tap", "macvtap", "user", "vhost-user"]
+Cache = Literal["auto", "always", "none"]
+FileServer = Literal["auto", "virtiofsd", "python"]
 NetPlane = Literal["auto", "python", "vhost", "vhost-user"]
 
 MAX_CPUS = 32
@@ -31,6 +33,10 @@ MAX_DISK_QUEUES = 16
 MAX_SERIAL = 20
 """Of a virtio disk, in bytes (virtio 1.2 §5.2.6)."""
 
+MAX_ID = (1 << 32) - 2
+"""The largest uid and gid: the next one means "none" (chown(2))."""
+
+_OWNER = re.compile(r"(\d{1,10}):(\d{1,10})")
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
 _SHIFT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
@@ -138,10 +144,27 @@ class Volume(_Part, frozen=True):
     source: str
     target: str
     read_only: bool = False
-    cache: Literal["auto", "always", "none"] = "auto"
+    cache: Cache = "auto"
+    """How long what the guest knows is good. ``auto``: a second; ``always``: until it is unmounted;
+    ``none``: not at all, and data go past its page cache."""
     owner: str = ""
     """``UID:GID`` on the guest's side that stands for the caller's own on the host; empty: as they are."""
-    server: Literal["auto", "virtiofsd", "python"] = "auto"
+    server: FileServer = "auto"
+    """Who serves it: the host's virtiofsd, or hostel itself."""
+
+    def __post_init__(self) -> None:
+        self.owner_ids()
+
+    def owner_ids(self) -> tuple[int, int] | None:
+        """``owner`` as numbers."""
+        if not self.owner:
+            return None
+        match = _OWNER.fullmatch(self.owner)
+        if match is None or max(ids := (int(match[1]), int(match[2]))) > MAX_ID:
+            raise SpecError(
+                f"not an owner: {self.owner!r}", cure="write UID:GID, such as 1000:1000"
+            )
+        return ids
 
 
 class Root(_Part, frozen=True):
@@ -155,6 +178,8 @@ class Root(_Part, frozen=True):
 
     kind: Literal["host", "directory", "image", "none"] = "host"
     path: str = ""
+    server: FileServer = "auto"
+    """Who serves the host's files or a directory: see ``Volume``."""
 
 
 class MachineSpec(_Part, frozen=True):

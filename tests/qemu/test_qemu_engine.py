@@ -273,12 +273,12 @@ import sys, time
 from pathlib import Path
 import hostel.prepare
 from hostel.host.runtime import Runtime
-from hostel.host.virtiofsd import share
+from hostel.host.shares import Served, share
 from hostel.plan import Plan, Share
 from hostel.qemu import QemuEngine, tsc
 from hostel.spec import MachineSpec
 runtime = Runtime("killed")
-one = share(runtime.path, "root", Path("/"), read_only=True)
+one = share(runtime.path, Served("root", Path("/"), True), memory=1 << 29)
 engine = QemuEngine(Plan(
     spec=MachineSpec(memory=32 << 20), engine="qemu", reason="", kernel=Path(sys.argv[1]), release="",
     initrd=None, cmdline="", disks=(), shares=(Share("root", one.socket),), runtime=runtime.path,

@@ -11,7 +11,7 @@ A program of its own, not a module of ours: it imports next to nothing, for it r
       → SOURCE bound to STAGE, with all that is mounted below it
       → the host's live kernel interfaces below STAGE masked by empty directories
       → ro: every mount of the namespace read-only, STAGE among them
-      → exec PROGRAM
+      → exec PROGRAM; or, where that is "python", our own server here (fileserver.py)
 
 Read-only is a property of the mounts, which the server has no right to change after it dropped
 CAP_SYS_ADMIN: what a hostile guest makes of the server does not matter. The namespace is private, so
@@ -227,19 +227,34 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def serve(root: int, options: str, places: str) -> None:
+    """Our own server: this interpreter, now with the libraries of who started us."""
+    sys.path[:] = places.split(os.pathsep)
+    from hostel.host import fileserver
+
+    fileserver.serve(root, options)
+
+
 def main() -> None:
     parent, (preload, source, name, stage, mode, *command) = int(sys.argv[1]), sys.argv[2:]
+    read_only, ours = mode == "ro", command[0] == "python"
     die_with(parent)
     try:
         raise_file_limit()
         library = os.open(preload, os.O_RDONLY) if preload else -1
+        root = -1
         if libc.unshare(CLONE_NEWNS) == 0:
-            make_mounts(source, name, stage, read_only=mode == "ro")
+            make_mounts(source, name, stage, read_only=read_only)
+            root = os.open(stage, os.O_PATH | os.O_DIRECTORY) if ours else -1
         else:
-            root = mounts_of_a_child(source, name, stage, read_only=mode == "ro")
-            stay_outside(root, library, read_only=mode == "ro")
-            os.environ["HOSTEL_SHARE"] = str(root)
+            root = mounts_of_a_child(source, name, stage, read_only=read_only)
         die_with(parent)
+        if ours:
+            serve(root, *command[1:])
+            return
+        if root >= 0:
+            stay_outside(root, library, read_only=read_only)
+            os.environ["HOSTEL_SHARE"] = str(root)
         if preload:  # by number: a path may hold blanks and colons
             os.set_inheritable(library, True)
             os.environ["LD_PRELOAD"] = f"/proc/self/fd/{library}"

@@ -31,7 +31,7 @@ from enum import StrEnum
 
 from hostel.abi import virtio as abi
 from hostel.errors import MemoryFault, QueueError
-from hostel.memory import GuestMemory
+from hostel.memory import GuestMemory, Memory
 
 MAX_BUFFERS = 1024
 """The most buffers of one chain: what one ``preadv`` takes (IOV_MAX)."""
@@ -122,7 +122,7 @@ class Queue:
 
     def __init__(
         self,
-        memory: GuestMemory,
+        memory: Memory,
         size: int,
         *,
         desc: int,

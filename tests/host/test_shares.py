@@ -1,4 +1,7 @@
-"""Shares, from the guest's side: what it can see, and what a hostile kernel cannot do."""
+"""Shares, from the guest's side: what it can see, and what a hostile kernel cannot do.
+
+Each with the host's virtiofsd and with our own server.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,24 @@ from guests import fuse_driver as fuse
 from guests.fuse_driver import ROOT, FuseDriver, FuseError
 from guests.killed import Victim, gone_within
 from hostel.errors import HelperError, UserError
+from hostel.host.process import Helper
 from hostel.host.runtime import Runtime, sweep
-from hostel.host.virtiofsd import Share, share
+from hostel.host.shares import Served, Share, share
+from hostel.spec import FileServer
 
 pytestmark = pytest.mark.qemu
 NEW = struct.pack("<II", 0o755, 0) + b"new\0"
 STRANGER = 54321
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="plays another user: needs root")
+
+
+MEMORY = 1 << 29
+
+
+@pytest.fixture(params=["virtiofsd", "python"])
+def server(request: pytest.FixtureRequest) -> FileServer:
+    chosen: FileServer = request.param
+    return chosen
 
 
 @pytest.fixture
@@ -44,19 +58,34 @@ def tree(tmp_path: Path) -> Path:
     return tree
 
 
+class Shares:
+    """Starts shares, and stops them."""
+
+    def __init__(self, runtime: Runtime, server: FileServer) -> None:
+        self.runtime = runtime
+        self.server = server
+        self.all: list[Share] = []
+
+    def start(self, source: Path, *, read_only: bool) -> Share:
+        wanted = Served(f"share{len(self.all)}", source, read_only, server=self.server)
+        self.all.append(share(self.runtime.path, wanted, memory=MEMORY))
+        return self.all[-1]
+
+    def connect(self, source: Path, *, read_only: bool) -> FuseDriver:
+        return FuseDriver(self.start(source, read_only=read_only).socket)
+
+    @property
+    def helper(self) -> Helper:
+        return self.all[0].helper
+
+
 @pytest.fixture
-def served(runtime: Runtime) -> Iterator[list[Share]]:
-    """Collects shares, and stops them."""
-    shares: list[Share] = []
+def served(runtime: Runtime, server: FileServer) -> Iterator[Shares]:
+    shares = Shares(runtime, server)
     yield shares
-    for one in shares:
+    for one in shares.all:
         one.stop()
         assert not one.helper.alive()
-
-
-def connect(served: list[Share], runtime: Runtime, source: Path, *, read_only: bool) -> FuseDriver:
-    served.append(share(runtime.path, f"share{len(served)}", source, read_only=read_only))
-    return FuseDriver(served[-1].socket)
 
 
 def changes(fs: FuseDriver) -> dict[str, str]:
@@ -92,8 +121,8 @@ def changes(fs: FuseDriver) -> dict[str, str]:
     return answers
 
 
-def test_read_only_refuses_every_change(runtime: Runtime, tree: Path, served: list[Share]) -> None:
-    with connect(served, runtime, tree, read_only=True) as fs:
+def test_read_only_refuses_every_change(tree: Path, served: Shares) -> None:
+    with served.connect(tree, read_only=True) as fs:
         assert fs.read("file") == b"content"
         answers = changes(fs)
     assert "" not in answers.values(), answers
@@ -103,23 +132,21 @@ def test_read_only_refuses_every_change(runtime: Runtime, tree: Path, served: li
     assert sorted(path.name for path in tree.iterdir()) == ["file", "out", "sub"]
 
 
-def test_the_daemon_of_a_read_only_share_can_write_nowhere(
-    runtime: Runtime, tree: Path, served: list[Share]
-) -> None:
+def test_the_daemon_of_a_read_only_share_can_write_nowhere(tree: Path, served: Shares) -> None:
     """Even if a guest takes it over: each mount of its namespace is read-only, and it may change none."""
-    with connect(served, runtime, tree, read_only=True) as fs:
+    with served.connect(tree, read_only=True) as fs:
         assert fs.names() == {"file", "out", "sub"}
-        proc = Path(f"/proc/{served[0].helper.pid}")
+        proc = Path(f"/proc/{served.helper.pid}")
         mounts = (proc / "mountinfo").read_text().splitlines()
         status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines())
     assert [line for line in mounts if not line.split()[5].startswith("ro")] == []
     sys_admin, sys_chroot = 21, 18
     assert not int(status["CapPrm"].strip(), 16) & (1 << sys_admin | 1 << sys_chroot)
-    assert status["Seccomp"].strip() == "2"
+    assert status["NoNewPrivs"].strip() == "1"
 
 
-def test_writable_share_is_written(runtime: Runtime, tree: Path, served: list[Share]) -> None:
-    with connect(served, runtime, tree, read_only=False) as fs:
+def test_writable_share_is_written(tree: Path, served: Shares) -> None:
+    with served.connect(tree, read_only=False) as fs:
         answers = changes(fs)
         assert {name for name, answer in answers.items() if answer} == {
             "write to a handle opened to read"
@@ -132,11 +159,9 @@ def test_writable_share_is_written(runtime: Runtime, tree: Path, served: list[Sh
 
 
 @pytest.mark.parametrize("read_only", [True, False])
-def test_nothing_outside_is_reached(
-    runtime: Runtime, tree: Path, served: list[Share], read_only: bool
-) -> None:
+def test_nothing_outside_is_reached(tree: Path, served: Shares, read_only: bool) -> None:
     (tree.parent / "secret").write_text("secret")
-    with connect(served, runtime, tree, read_only=read_only) as fs:
+    with served.connect(tree, read_only=read_only) as fs:
         assert fs.request(fuse.READLINK, fs.lookup(ROOT, "out")) == b"/etc/passwd"
         assert fs.refusal(fuse.OPEN, fs.lookup(ROOT, "out"), bytes(8)) != ""
         for name in ("../secret", "../../etc/passwd", "/etc/passwd"):
@@ -145,35 +170,31 @@ def test_nothing_outside_is_reached(
         assert fs.refusal(fuse.LOOKUP, above, b"secret\0") == "ENOENT"
 
 
-def test_single_file_is_alone_under_its_name(
-    runtime: Runtime, tree: Path, served: list[Share]
-) -> None:
-    with connect(served, runtime, tree / "file", read_only=False) as fs:
+def test_single_file_is_alone_under_its_name(tree: Path, served: Shares) -> None:
+    with served.connect(tree / "file", read_only=False) as fs:
         assert fs.names() == {"file"}
         node = fs.lookup(ROOT, "file")
         fs.write(node, fs.open(node, os.O_RDWR), b"CONTENT")
     assert (tree / "file").read_text() == "CONTENT"
 
 
-def test_link_to_a_file_keeps_the_links_name(
-    runtime: Runtime, tree: Path, served: list[Share]
-) -> None:
+def test_link_to_a_file_keeps_the_links_name(tree: Path, served: Shares) -> None:
     (tree / "alias").symlink_to("sub/deep")
-    with connect(served, runtime, tree / "alias", read_only=True) as fs:
+    with served.connect(tree / "alias", read_only=True) as fs:
         assert fs.names() == {"alias"}
         assert fs.read("alias") == b"deep"
 
 
-def test_odd_names(runtime: Runtime, tmp_path: Path, served: list[Share]) -> None:
+def test_odd_names(tmp_path: Path, served: Shares) -> None:
     odd = tmp_path / 'a b,c="d"\\040\té'
     odd.mkdir()
     (odd / "file").write_text("odd")
-    with connect(served, runtime, odd, read_only=True) as fs:
+    with served.connect(odd, read_only=True) as fs:
         assert fs.read("file") == b"odd"
 
 
-def test_hosts_root_without_its_kernels_interfaces(runtime: Runtime, served: list[Share]) -> None:
-    with connect(served, runtime, Path("/"), read_only=True) as fs:
+def test_hosts_root_without_its_kernels_interfaces(served: Shares) -> None:
+    with served.connect(Path("/"), read_only=True) as fs:
         assert {"etc", "usr", "proc"} <= fs.names()
         assert fs.read("/etc/passwd") == Path("/etc/passwd").read_bytes()[:4096]
         for name in ("proc", "sys", "dev", "run"):
@@ -181,43 +202,39 @@ def test_hosts_root_without_its_kernels_interfaces(runtime: Runtime, served: lis
 
 
 @needs_root
-def test_kernel_interfaces_are_masked_wherever_they_are(
-    runtime: Runtime, tree: Path, served: list[Share]
-) -> None:
+def test_kernel_interfaces_are_masked_wherever_they_are(tree: Path, served: Shares) -> None:
     target = tree / "a b" / "proc"
     target.mkdir(parents=True)
     subprocess.run(["mount", "-t", "proc", "proc", target], check=True)
     try:
-        with connect(served, runtime, tree, read_only=True) as fs:
+        with served.connect(tree, read_only=True) as fs:
             assert fs.names(fs.walk("a b/proc")) == set()
     finally:
         subprocess.run(["umount", target], check=True)
 
 
 @needs_root
-def test_what_is_mounted_below_is_shown_and_as_read_only(
-    runtime: Runtime, tree: Path, served: list[Share]
-) -> None:
+def test_what_is_mounted_below_is_shown_and_as_read_only(tree: Path, served: Shares) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", tree / "sub"], check=True)
     try:
         (tree / "sub/inner").write_text("inner")
-        with connect(served, runtime, tree, read_only=True) as fs:
+        with served.connect(tree, read_only=True) as fs:
             assert fs.read("sub/inner") == b"inner"
             assert fs.refusal(fuse.MKDIR, fs.lookup(ROOT, "sub"), NEW) == "EROFS"
     finally:
         subprocess.run(["umount", tree / "sub"], check=True)
 
 
-def test_kernel_interface_itself_is_refused(runtime: Runtime, served: list[Share]) -> None:
-    served.append(share(runtime.path, "share0", Path("/proc"), read_only=True))
-    assert served[0].helper.wait(10) == 1
+def test_kernel_interface_itself_is_refused(served: Shares) -> None:
+    served.start(Path("/proc"), read_only=True)
+    assert served.helper.wait(10) == 1
     with pytest.raises(HelperError, match="/proc is an interface to this host's kernel"):
-        served[0].check()
+        served.all[0].check()
 
 
-def test_file_that_turns_out_to_exist(runtime: Runtime, tree: Path, served: list[Share]) -> None:
+def test_file_that_turns_out_to_exist(tree: Path, served: Shares) -> None:
     """A host that makes a file while the guest does: QEMU's own virtiofsd would end here."""
-    with connect(served, runtime, tree, read_only=False) as fs:
+    with served.connect(tree, read_only=False) as fs:
         body = struct.pack("<IIII", os.O_RDWR | os.O_CREAT, 0o644, 0, 0) + b"file\0"
         assert fs.refusal(fuse.CREATE, ROOT, body) == ""
         assert fs.read("file") == b"content"
@@ -225,35 +242,33 @@ def test_file_that_turns_out_to_exist(runtime: Runtime, tree: Path, served: list
 
 def test_missing_source_is_one_line(runtime: Runtime) -> None:
     with pytest.raises(UserError, match="cannot share /no/such: No such file or directory"):
-        share(runtime.path, "share0", Path("/no/such"), read_only=True)
+        share(runtime.path, Served("share0", Path("/no/such"), True), memory=MEMORY)
     assert sorted(path.name for path in runtime.path.iterdir()) == ["lock"]
 
 
-def test_daemon_ends_with_its_machine_and_that_is_no_failure(
-    runtime: Runtime, tree: Path, served: list[Share]
-) -> None:
-    with connect(served, runtime, tree, read_only=True) as fs:
-        assert served[0].helper.alive()
+def test_daemon_ends_with_its_machine_and_that_is_no_failure(tree: Path, served: Shares) -> None:
+    with served.connect(tree, read_only=True) as fs:
+        assert served.helper.alive()
         fs.names()
-    assert served[0].helper.wait(5) == 0
-    served[0].check()
+    assert served.helper.wait(5) == 0
+    served.all[0].check()
 
 
 KILLED = """
 import sys, time
 from pathlib import Path
 from hostel.host.runtime import Runtime
-from hostel.host.virtiofsd import share
+from hostel.host.shares import Served, share
 runtime = Runtime("killed")
-one = share(runtime.path, "root", Path("/"), read_only=True)
+one = share(runtime.path, Served("root", Path("/"), True, server=sys.argv[1]), memory=1 << 29)
 print(one.helper.pid, one.socket, flush=True)
 time.sleep(1000)
 """
 
 
 @pytest.mark.parametrize("connected", [True, False])
-def test_killed_hostel_leaves_no_daemon(connected: bool) -> None:
-    with Victim(KILLED) as victim:
+def test_killed_hostel_leaves_no_daemon(connected: bool, server: FileServer) -> None:
+    with Victim(KILLED, server) as victim:
         pid, socket = victim.line.split()
         if connected:
             with FuseDriver(Path(socket)) as fs:
@@ -271,9 +286,10 @@ AS_STRANGER = """
 import sys, time
 from pathlib import Path
 from hostel.host.runtime import Runtime
-from hostel.host.virtiofsd import share
+from hostel.host.shares import Served, share
 with Runtime("stranger") as runtime:
-    one = share(runtime.path, "tree", Path(sys.argv[1]), read_only=sys.argv[2] == "ro")
+    what = Served("tree", Path(sys.argv[1]), sys.argv[2] == "ro", server=sys.argv[3])
+    one = share(runtime.path, what, memory=1 << 29)
     print(one.socket, flush=True)
     sys.stdin.read()
     one.stop()
@@ -286,7 +302,7 @@ class Stranger:
     With the system's Python and a copy of our code: a checkout may lie where nobody else can look.
     """
 
-    def __init__(self, folder: Path, source: Path, mode: str) -> None:
+    def __init__(self, folder: Path, source: Path, mode: str, server: FileServer) -> None:
         python = f"/usr/bin/python3.{sys.version_info.minor}"
         if not os.path.exists(python):
             pytest.skip(f"no {python}: nobody else may run {sys.executable}, perhaps")
@@ -299,7 +315,7 @@ class Stranger:
         home.mkdir()
         os.chown(home, STRANGER, STRANGER)
         self._process = subprocess.Popen(
-            [python, "-c", AS_STRANGER, source, mode],
+            [python, "-c", AS_STRANGER, source, mode, server],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -350,10 +366,10 @@ def open_tree(tree: Path) -> Path:
 @needs_root
 @pytest.mark.parametrize("guest_uid", [STRANGER, 0])
 def test_guest_sees_what_the_caller_may_read_and_no_more(
-    tmp_path: Path, open_tree: Path, guest_uid: int
+    tmp_path: Path, open_tree: Path, guest_uid: int, server: FileServer
 ) -> None:
     """Whoever the guest's kernel says it acts for."""
-    stranger = Stranger(tmp_path, open_tree, "ro")
+    stranger = Stranger(tmp_path, open_tree, "ro", server)
     with stranger as fs:
         fs.uid = guest_uid
         assert fs.read("file") == b"content"
@@ -374,9 +390,9 @@ def test_guest_sees_what_the_caller_may_read_and_no_more(
 @needs_root
 @pytest.mark.parametrize("guest_uid", [STRANGER, 0])
 def test_callers_writable_share_writes_as_the_caller(
-    tmp_path: Path, open_tree: Path, guest_uid: int
+    tmp_path: Path, open_tree: Path, guest_uid: int, server: FileServer
 ) -> None:
-    with Stranger(tmp_path, open_tree, "rw") as fs:
+    with Stranger(tmp_path, open_tree, "rw", server) as fs:
         fs.uid = fs.gid = guest_uid
         assert fs.refusal(fuse.MKDIR, fs.lookup(ROOT, "sub"), NEW) == ""
         assert fs.refusal(fuse.MKDIR, ROOT, NEW) == "EACCES"

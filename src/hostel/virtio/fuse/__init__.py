@@ -1,0 +1,15 @@
+"""A FUSE server: a directory of this host as a file system of a guest (virtio 1.2 §5.11).
+
+::
+
+    virtqueue ─► session ─► names · attributes · files · directories ─► nodes ─► the host's files
+                 (request)                    (filesystem)
+
+What serves the virtqueues is not its affair (``virtio/backend.py``).
+"""
+
+from .filesystem import FileSystem, Settings
+from .request import FuseFault
+from .session import Session
+
+__all__ = ["FileSystem", "FuseFault", "Session", "Settings"]
