@@ -217,7 +217,8 @@ def here_or_in_testbed(script: str, run: Callable[[], None]) -> None:
         run()
         return
     top = Path(__file__).parent.parent
-    raise SystemExit(subprocess.call([top / "dev", "testbed", "--", sys.executable, script]))
+    command = [str(top / "dev"), "testbed", "--", sys.executable, script, *sys.argv[1:]]
+    raise SystemExit(subprocess.call(command))
 
 
 if __name__ == "__main__":
