@@ -9,9 +9,11 @@ end knows its own from those of anybody else on this host.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
+import subprocess
 import tempfile
 import time
 import uuid
@@ -22,6 +24,7 @@ import pytest
 
 IN_TESTBED = os.environ.get("HOSTEL_TESTBED") == "1"
 SESSION = "HOSTEL_TEST_SESSION"
+CLONE_NEWNET = 0x40000000
 PATIENCE = 5.0
 """Seconds that a process may take to notice that its machine is gone."""
 
@@ -95,7 +98,19 @@ def processes_of(session: str) -> list[str]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def nothing_left_behind() -> Iterator[None]:
+def own_network() -> None:
+    """All tests are in a network namespace of their own, if root runs them: machines with a network make
+    bridges and rules, and this host's are not theirs to touch. Only a loopback interface is there."""
+    if os.geteuid() != 0:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNET)")
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_behind(own_network: None) -> Iterator[None]:
     """After the last test: no process of ours lives, and no machine's runtime directory is left."""
     session = uuid.uuid4().hex
     # Not pytest's own folder: its long paths would not leave room in a socket's address.

@@ -9,9 +9,9 @@
 Threads: the caller's, the reader of the agent's socket (``guest/connection.py``), and whatever the engine
 runs. Methods may be called from any thread.
 
-Start-up order matters for speed: the file system daemons are spawned first and come up while the plan
-is finished; the engine starts; ``wait_ready`` sends the agent all its steps at once, so that setting up
-the root costs one round trip.
+Start-up order matters for speed: networks and file system daemons are started first and come up while
+the plan is finished; the engine starts; ``wait_ready`` sends the agent all its steps at once, so that
+setting up the root costs one round trip.
 """
 
 from __future__ import annotations
@@ -32,24 +32,23 @@ import msgspec
 from .errors import (
     AgentError,
     BootError,
-    GuestCrash,
     HelperError,
     HostelError,
     MachineStopped,
     MachineTimeout,
     UserError,
 )
-from .plan import Balloon, Ending, Engine, Plan
+from .plan import CONSOLE_LINES, ENDED, Balloon, Ending, Engine, Plan, explain_ending
 from .spec import MIN_MEMORY, MachineSpec, parse_size
 
 if TYPE_CHECKING:
     from .console import Console
     from .guest.client import AgentClient, GuestProcess, Hello, Ids
+    from .host.network import Networks
     from .host.shares import Served, Share
     from .host.storage import Daemon
     from .prepare import Preparation
 
-CONSOLE_LINES = 12
 BOOT_SECONDS = {"kvm": 60.0, "tcg": 180.0}
 """How long a guest may take to reach its agent, by what runs its vCPUs. Emulation is slow, and slower
 on a busy host; a guest that is dead ends long before, by its console or its exit."""
@@ -57,12 +56,6 @@ STOP_SECONDS = 10.0
 ENDING_SECONDS = 2.0
 """How long to wait for the engine to say why the agent's stream ended."""
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-_ENDED = {
-    "poweroff": "the guest powered off",
-    "reset": "the guest rebooted",
-    "stopped": "the machine was stopped",
-}
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -99,6 +92,7 @@ class Machine:
 
     def start(self) -> Machine:
         """Power on. Returns as soon as the guest runs; any HostelError leaves nothing behind."""
+        from .host.attaching import attached
         from .host.runtime import Runtime, sweep
 
         with self._lock:
@@ -108,21 +102,22 @@ class Machine:
             sweep()
             try:
                 self._runtime = self._undo.enter_context(Runtime(self.spec.name))
+                networks = self._undo.enter_context(attached(self.spec, self._runtime.path))
                 self._undo.callback(self._power.close)
-                self._power_on()
+                self._power_on(networks)
             except BaseException:
                 self._undo.close()
                 raise
         return self
 
-    def _power_on(self) -> None:
+    def _power_on(self, networks: Networks | None = None) -> None:
         """In the order of the top of this file; after a reboot again, with the same plan."""
         from . import disks, prepare, root
         from .guest.client import AgentClient
 
         shares = self._serve(root.shared_paths(self.spec))
         if self._prepared is None:
-            self._prepared = prepare.prepare(self.spec, self._runtime.path)
+            self._prepared = prepare.prepare(self.spec, self._runtime.path, networks=networks)
             self._undo.enter_context(disks.overlays(self._prepared.plan))
         self._mark("prepare")
         self._daemons = self._power.enter_context(disks.daemons(self._prepared.plan))
@@ -331,6 +326,17 @@ class Machine:
         return self._prepared.plan
 
     @property
+    def addresses(self) -> tuple[str, ...]:
+        """The guest's addresses on its networks, in the order of its NICs; those of networks that are not
+        hostel's own are not known here."""
+        if self._prepared is None:
+            raise MachineStopped("the machine has not been started")
+        links = (attachment.link for attachment in self._prepared.attachments)
+        return tuple(
+            address.partition("/")[0] for link in links if link for address in link.addresses
+        )
+
+    @property
     def console(self) -> Console:
         """The serial console: its history, subscribers, and input."""
         if self._engine is None:
@@ -364,7 +370,7 @@ class Machine:
             return error
         if ending.kind == "reset" and self.spec.on_reboot == "restart":
             threading.Thread(target=self._restart, name="hostel-restart", daemon=True).start()
-            return MachineStopped(_ENDED["reset"])
+            return MachineStopped(ENDED["reset"])
         self._ending = ending
         return explain_ending(ending, engine.console)
 
@@ -399,16 +405,6 @@ def check_target(spec: MachineSpec, size: int | str | None) -> int | None:
             f" not {target >> 20}M"
         )
     return target
-
-
-def explain_ending(ending: Ending, console: Console) -> HostelError:
-    """A machine's ending as the error of whoever still wanted something from it."""
-    if ending.kind in _ENDED:
-        return MachineStopped(_ENDED[ending.kind])
-    tail = console.tail(CONSOLE_LINES)
-    if ending.kind == "error":
-        return HelperError(ending.detail, console=tail)
-    return GuestCrash(f"the guest crashed: {ending.detail or ending.kind}", console=tail)
 
 
 def run(

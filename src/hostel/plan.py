@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import msgspec
 
 from .console import Console
+from .errors import GuestCrash, HelperError, HostelError, MachineStopped
 from .host.interface import Interface as Interface  # noqa: PLC0414 (part of a plan, shown here)
 from .spec import Disk, MachineSpec
 
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
     import socket
 
 AGENT_PORT = "hostel.agent"
+CONSOLE_LINES = 12
+"""So many of a guest's last words explain a failure."""
+
+ENDED = {
+    "poweroff": "the guest powered off",
+    "reset": "the guest rebooted",
+    "stopped": "the machine was stopped",
+}
 
 EndingKind = Literal["poweroff", "reset", "panic", "crash", "debug-exit", "stopped", "error"]
 
@@ -115,6 +124,16 @@ class Balloon(msgspec.Struct, frozen=True):
     statistics: dict[str, int]
     """The guest's own view: ``free_memory``, ``available_memory`` …, as far as its driver says; empty
     where there is none."""
+
+
+def explain_ending(ending: Ending, console: Console) -> HostelError:
+    """A machine's ending as the error of whoever still wanted something from it."""
+    if ending.kind in ENDED:
+        return MachineStopped(ENDED[ending.kind])
+    tail = console.tail(CONSOLE_LINES)
+    if ending.kind == "error":
+        return HelperError(ending.detail, console=tail)
+    return GuestCrash(f"the guest crashed: {ending.detail or ending.kind}", console=tail)
 
 
 class Engine(Protocol):

@@ -23,6 +23,7 @@ import msgspec
 from .boot import cmdline
 from .errors import KvmError, SpecError
 from .host import kernels
+from .host.attaching import foreseen, interfaces
 from .host.inputs import checked_disks, readable
 from .host.shares import Served, choose
 from .host.verdict import verdict
@@ -31,6 +32,8 @@ from .spec import Disk, MachineSpec
 
 if TYPE_CHECKING:
     from .guest.steps import Step
+    from .host.interface import Attachment
+    from .host.network import Networks
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -64,10 +67,21 @@ class Preparation(msgspec.Struct, frozen=True):
 
     plan: Plan
     steps: tuple[Step, ...]
+    attachments: tuple[Attachment, ...] = ()
 
 
-def prepare(spec: MachineSpec, runtime: Path, *, qemu_args: tuple[str, ...] = ()) -> Preparation:
-    """The plan of a machine with an agent. ``runtime`` is where its sockets will be."""
+def prepare(
+    spec: MachineSpec,
+    runtime: Path,
+    *,
+    networks: Networks | None = None,
+    qemu_args: tuple[str, ...] = (),
+) -> Preparation:
+    """The plan of a machine with an agent. ``runtime`` is where its sockets will be.
+
+    ``networks`` are waited for last: they may still be on their way. Without them the plan shows what would
+    be made.
+    """
     from . import root
     from .boot import initramfs
     from .guest.build import agent_binary
@@ -85,6 +99,7 @@ def prepare(spec: MachineSpec, runtime: Path, *, qemu_args: tuple[str, ...] = ()
         optional=optional,
         initrd=readable(spec.initrd, "initrd") if spec.initrd else None,
     )
+    networks = networks or foreseen(spec, runtime)
     plan = Plan(
         spec=spec.replace(on_reboot="stop"),
         engine=choice.engine,
@@ -104,10 +119,17 @@ def prepare(spec: MachineSpec, runtime: Path, *, qemu_args: tuple[str, ...] = ()
         accel=choice.accel,
         qemu_args=qemu_args,
         vsock=_vsock(spec, runtime),
+        nics=interfaces(networks, choice.engine),
         balloon=spec.balloon,
-        notes=(*_notes(spec), *_disk_notes(disks), *_share_notes(spec, served)),
+        notes=(
+            *_notes(spec),
+            *_disk_notes(disks),
+            *_share_notes(spec, served),
+            *networks.notes,
+        ),
     )
-    return Preparation(plan, tuple(root.guest_steps(spec, served, len(disks))))
+    steps = root.guest_steps(spec, served, len(disks), networks.attachments)
+    return Preparation(plan, tuple(steps), networks.attachments)
 
 
 def _share_notes(spec: MachineSpec, served: Sequence[Served]) -> Iterator[str]:
@@ -117,11 +139,12 @@ def _share_notes(spec: MachineSpec, served: Sequence[Served]) -> Iterator[str]:
         yield f"files are served by hostel itself, which takes longer: {reason}"
 
 
-def prepare_raw(spec: MachineSpec, runtime: Path) -> Plan:
+def prepare_raw(spec: MachineSpec, runtime: Path, *, networks: Networks | None = None) -> Plan:
     """The plan of ``hostel boot``: any kernel, as it is, with no agent."""
     image = kernels.find(spec.kernel)
     choice = choose_engine(spec)
     disks = checked_disks(spec.disks)
+    networks = networks or foreseen(spec, runtime)
     return Plan(
         spec=spec,
         engine=choice.engine,
@@ -136,8 +159,9 @@ def prepare_raw(spec: MachineSpec, runtime: Path) -> Plan:
         agent=False,
         accel=choice.accel,
         vsock=_vsock(spec, runtime),
+        nics=interfaces(networks, choice.engine),
         balloon=spec.balloon,
-        notes=(*_notes(spec), *_disk_notes(disks)),
+        notes=(*_notes(spec), *_disk_notes(disks), *networks.notes),
     )
 
 

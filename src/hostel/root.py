@@ -11,15 +11,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 from .errors import UserError
-from .guest import steps
+from .guest import network, steps
 from .guest.steps import MountFlag, Step
 from .host import filesystem
 from .host.inputs import checked_disks, readable
+from .host.interface import Attachment
 from .host.shares import Served
 from .spec import Disk, MachineSpec, Volume
 
@@ -94,7 +95,7 @@ def modules(spec: MachineSpec, disks: bool) -> tuple[list[str], list[str]]:
         wanted.append("vmw_vsock_virtio_transport")
     if spec.root.kind == "image":
         wanted.append(_root_file_system(spec.root.path).driver)
-    return wanted, ["virtio_rng"]
+    return wanted + network.modules(spec), ["virtio_rng"]
 
 
 @cache
@@ -105,14 +106,20 @@ def _root_file_system(path: str) -> filesystem.FileSystem:
 # -- what the agent does ------------------------------------------------------------------------
 
 
-def guest_steps(spec: MachineSpec, served: tuple[Served, ...], disks: int) -> Iterator[Step]:
+def guest_steps(
+    spec: MachineSpec,
+    served: tuple[Served, ...],
+    disks: int,
+    attachments: Sequence[Attachment],
+) -> Iterator[Step]:
     """The guest's root, from the initramfs to where commands run.
 
     Volumes are mounted after the root has been entered: their targets may lie behind symbolic links
-    that mean something only there.
+    that mean something only there. Files of the network come before them: a volume may take their place.
     """
     if spec.root.kind != "none":
         yield from _enter_root(spec, disks)
+    yield from network.network_steps(spec, attachments)
     for path in spec.tmpfs:
         target, _, data = path.partition(":")
         yield steps.MakeDirectory(target)
@@ -121,7 +128,6 @@ def guest_steps(spec: MachineSpec, served: tuple[Served, ...], disks: int) -> It
         yield from _mount_volume(share, volume)
     if spec.read_only and spec.root.kind != "none":
         yield steps.Mount("overlay", "overlay", "/", flags=_REMOUNT | MountFlag.READ_ONLY)
-    yield steps.Hostname(spec.hostname or spec.name or "hostel")
 
 
 def _enter_root(spec: MachineSpec, disks: int) -> Iterator[Step]:

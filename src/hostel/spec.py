@@ -10,6 +10,7 @@ Sizes are bytes everywhere inside; people write ``512M`` (``parse_size``), alway
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ FileServer = Literal["auto", "virtiofsd", "python"]
 NetPlane = Literal["auto", "python", "vhost", "vhost-user"]
 
 MAX_CPUS = 32
+MAX_QUEUES = 16
 MIN_MEMORY = 32 << 20
 DEFAULT_MEMORY = 512 << 20
 MAX_DISK_QUEUES = 16
@@ -39,6 +41,8 @@ MAX_ID = (1 << 32) - 2
 _OWNER = re.compile(r"(\d{1,10}):(\d{1,10})")
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
+_MAC = re.compile(r"[0-9a-fA-F][02468aceACE](:[0-9a-fA-F]{2}){5}")
+_INTERFACE = re.compile(r"[^\s/:,]{1,15}")
 _SHIFT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
@@ -103,6 +107,16 @@ class Disk(_Part, frozen=True):
             raise SpecError(f"disk {self.path}: read-only and an overlay exclude each other")
 
 
+_NEEDS_TARGET: dict[str, str] = {
+    "bridge": "the host's bridge, such as bridge=br0",
+    "tap": "the host's tap, such as tap=tap0",
+    "macvtap": "the host's interface, such as macvtap=eth0",
+    "vhost-user": "a socket, such as vhost-user=/run/switch.sock",
+}
+_FILTERED = ("nat", "isolated")
+_FORWARDED = ("nat", "isolated", "user")
+
+
 class Nic(_Part, frozen=True):
     """One network interface of the guest.
 
@@ -127,6 +141,64 @@ class Nic(_Part, frozen=True):
     optional ``:PORT[/tcp|udp]``. None: all that the network reaches."""
     limits: Limits = Limits()
 
+    def __post_init__(self) -> None:
+        self._check_target()
+        self._check_plane()
+        if self.mac and not (_MAC.fullmatch(self.mac) and self.mac != "00:00:00:00:00:00"):
+            raise SpecError(
+                f"not the MAC address of a NIC: {self.mac!r}",
+                cure="write six bytes, the first an even one, such as 52:54:00:12:34:56",
+            )
+        if self.address:
+            _check_address(self.address)
+        if self.mtu and not 68 <= self.mtu <= 65535:  # virtio 1.2 §5.1.4.1
+            raise SpecError(f"an MTU must be 68 to 65535, not {self.mtu}")
+        if not 1 <= self.queues <= MAX_QUEUES:
+            raise SpecError(f"a NIC has 1 to {MAX_QUEUES} pairs of queues, not {self.queues}")
+        if self.allow is not None and self.mode not in _FILTERED:
+            raise SpecError(
+                f"a network of mode {self.mode} is not filtered by hostel: it takes no allow-list",
+                cure="use nat or isolated",
+            )
+
+    def _check_target(self) -> None:
+        if needed := _NEEDS_TARGET.get(self.mode):
+            if not self.target:
+                raise SpecError(f"network mode {self.mode} needs a target: {needed}")
+        elif self.target and (self.mode == "user" or not _NAME.fullmatch(self.target)):
+            raise SpecError(f"not a network for mode {self.mode}: {self.target!r}")
+        if self.mode in ("bridge", "tap", "macvtap") and not _INTERFACE.fullmatch(self.target):
+            raise SpecError(f"not the name of an interface: {self.target!r}")
+
+    def _check_plane(self) -> None:
+        if self.model == "e1000" and (self.plane not in ("auto", "python") or self.queues > 1):
+            raise SpecError("an e1000 is emulated, by plane python, and has one pair of queues")
+        by_socket = self.mode == "vhost-user"
+        if by_socket and (self.model == "e1000" or self.plane not in ("auto", "vhost-user")):
+            raise SpecError("the process behind vhost-user is the plane: it takes no other")
+        if self.plane == "vhost-user" and not by_socket:
+            raise SpecError("plane vhost-user needs network mode vhost-user=SOCKET")
+        if self.mode == "user" and (self.plane == "vhost" or self.queues > 1):
+            raise SpecError(
+                "network mode user is a stream of frames: no plane vhost, one pair of queues"
+            )
+
+
+def _check_address(text: str) -> None:
+    """An IPv4 address that one machine can have, with or without a prefix."""
+    import ipaddress
+
+    try:
+        interface = ipaddress.IPv4Interface(text)
+    except ValueError:
+        raise SpecError(
+            f"not an IPv4 address for a NIC: {text!r}", cure="write such as 10.213.0.7"
+        ) from None
+    network, address = interface.network, interface.ip
+    ends = (network.network_address, network.broadcast_address) if network.prefixlen < 31 else ()
+    if address in ends or address.is_multicast or address.is_loopback or address.is_unspecified:
+        raise SpecError(f"no machine can have the address {text}")
+
 
 class Publish(_Part, frozen=True):
     """A port of the host that leads to one of the guest."""
@@ -136,6 +208,23 @@ class Publish(_Part, frozen=True):
     address: str = ""
     """The host's address it is reached at; empty: all."""
     protocol: Literal["tcp", "udp"] = "tcp"
+
+    def __post_init__(self) -> None:
+        for port in (self.host, self.guest):
+            if not 1 <= port <= 65535:
+                raise SpecError(f"a port must be 1 to 65535, not {port}")
+        if self.address and not _is_ip(self.address):
+            raise SpecError(f"not an address to publish a port at: {self.address!r}")
+
+
+def _is_ip(text: str) -> bool:
+    import socket
+
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, ValueError):
+            socket.inet_pton(family, text)
+            return True
+    return False
 
 
 class Volume(_Part, frozen=True):
@@ -229,6 +318,24 @@ class MachineSpec(_Part, frozen=True):
                 raise SpecError(f"a mount point in the guest must be absolute, not {target!r}")
             if not target.partition(":")[0].strip("/"):
                 raise SpecError("nothing can be mounted over the guest's root", cure="see --root")
+        self._check_network()
+
+    def _check_network(self) -> None:
+        macs = [nic.mac.lower() for nic in self.nics if nic.mac]
+        if len(set(macs)) < len(macs):
+            raise SpecError("two NICs of one machine have the same MAC address")
+        for nic in self.nics:
+            if nic.model == "e1000" and self.transport == "mmio":
+                raise SpecError("an e1000 is a PCI device: transport mmio has no place for it")
+        if not self.publish:
+            return
+        if not self.nics or self.nics[0].mode not in _FORWARDED:
+            what = f"a first NIC of mode {self.nics[0].mode}" if self.nics else "no NIC"
+            raise SpecError(f"a port of a machine with {what} cannot be published", cure="use nat")
+        ports = [(port.address, port.host, port.protocol) for port in self.publish]
+        for port in ports:
+            if ports.count(port) > 1 or (port[0] and ("", *port[1:]) in ports):
+                raise SpecError(f"port {port[1]}/{port[2]} of the host is published twice")
 
     def replace(self, **changes: Any) -> MachineSpec:
         """A copy with some fields changed."""

@@ -1,7 +1,8 @@
-"""The steps of SETUP through the real agent, in a mount and UTS namespace of its own."""
+"""The steps of SETUP through the real agent, in mount, UTS and network namespaces of its own."""
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -18,9 +19,11 @@ from hostel.guest.steps import (
     DeviceNode,
     EnterRoot,
     Hostname,
+    Link,
     MakeDirectory,
     Mount,
     Overlay,
+    Remove,
     Symlink,
     Touch,
     WaitFor,
@@ -32,7 +35,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts, which only ro
 
 @pytest.fixture
 def inside(start_agent: Callable[..., AbstractContextManager[Any]]) -> Iterator[AgentClient]:
-    with start_agent(["unshare", "--mount", "--uts", "--propagation", "private"]) as agent:
+    with start_agent(["unshare", "--mount", "--uts", "--net", "--propagation", "private"]) as agent:
         client = AgentClient(agent.socket)
         client.wait_hello(10)
         yield client
@@ -69,6 +72,67 @@ def test_mounts_and_files(inside: AgentClient, tmp_path: Path) -> None:
     ) == ("motd\n666,1,3\n700,0,0\n700,0,0\ninner\n")
     assert os.uname().nodename != "inner"
     assert not (tmp_path / "m" / "motd").exists()
+
+
+MAC, OTHER_MAC = "02:00:00:00:00:0a", "02:00:00:00:00:0b"
+
+
+@pytest.fixture
+def wired(inside: AgentClient) -> AgentClient:
+    """With two interfaces that are down, the ends of one wire."""
+    shell(inside, "ip link add w0 type veth peer name w1; ip link set w0 address " + MAC)
+    shell(inside, "ip link set w1 address " + OTHER_MAC)
+    return inside
+
+
+def addresses(client: AgentClient, interface: str) -> list[dict[str, Any]]:
+    """Without the link-local ones, which the kernel makes."""
+    found = json.loads(shell(client, f"ip -j addr show dev {interface}"))[0]
+    return [address for address in found["addr_info"] if address["scope"] != "link"]
+
+
+def test_an_interface(wired: AgentClient) -> None:
+    link = Link(MAC.upper(), 1400, ["10.9.8.7/24", "fd00::7/64"], ["10.9.8.1", "fd00::1"])
+    wired.setup([link, link])
+    found = json.loads(shell(wired, "ip -j addr show dev w0"))[0]
+    assert (found["mtu"], "UP" in found["flags"]) == (1400, True)
+    local = [(address["local"], address["prefixlen"]) for address in addresses(wired, "w0")]
+    assert local == [("10.9.8.7", 24), ("fd00::7", 64)]
+    assert not any(address.get("tentative") for address in addresses(wired, "w0"))
+    assert shell(wired, "ip route show default").startswith("default via 10.9.8.1 dev w0 ")
+    assert shell(wired, "ip -6 route show default").startswith("default via fd00::1 dev w0 ")
+    assert addresses(wired, "w1") == []
+
+
+def test_a_gateway_outside_of_the_prefix(wired: AgentClient) -> None:
+    wired.setup([Link(MAC, 0, ["10.9.8.7/32"], ["172.20.0.1"]), Link(OTHER_MAC)])
+    routes = shell(wired, "ip route").splitlines()
+    assert [" ".join(route.split()[:5]) for route in routes] == [
+        "default via 172.20.0.1 dev w0",
+        "172.20.0.1 dev w0 scope link",
+    ]
+    assert "UP" in json.loads(shell(wired, "ip -j link show dev w1"))[0]["flags"]
+
+
+def test_files_in_place_of_links(inside: AgentClient, tmp_path: Path) -> None:
+    (tmp_path / "resolv.conf").symlink_to("/run/nowhere/stub")
+    (tmp_path / "dangling").symlink_to("/run/nowhere/stub")
+    (tmp_path / "hosts").write_text("127.0.0.1 localhost")
+    inside.setup(
+        [
+            Remove(f"{tmp_path}/resolv.conf"),
+            Remove(f"{tmp_path}/none"),
+            WriteFile(f"{tmp_path}/resolv.conf", b"nameserver 10.9.8.1\n"),
+            WriteFile(f"{tmp_path}/dangling", b"new"),
+            *[WriteFile(f"{tmp_path}/hosts", b"\n10.9.8.7 me\n", append=True)] * 2,
+            WriteFile(f"{tmp_path}/fresh", b"x", append=True),
+        ]
+    )
+    assert not (tmp_path / "resolv.conf").is_symlink()
+    assert (tmp_path / "resolv.conf").read_text() == "nameserver 10.9.8.1\n"
+    assert (tmp_path / "dangling").read_text() == "new"
+    assert (tmp_path / "hosts").read_text() == "127.0.0.1 localhost" + "\n10.9.8.7 me\n" * 2
+    assert (tmp_path / "fresh").read_text() == "x"
 
 
 def test_binds(inside: AgentClient, tmp_path: Path) -> None:
@@ -125,6 +189,9 @@ def test_overlay_and_new_root(inside: AgentClient, tmp_path: Path) -> None:
         (Symlink("x", "/nowhere/y"), "link /nowhere/y: No such file or directory"),
         (DeviceNode("/nowhere/x", 1, 3), "make device /nowhere/x: No such file or directory"),
         (Hostname("x" * 200), "set host name x+: Invalid argument"),
+        (Remove("/proc"), "remove /proc: Is a directory"),
+        (Link("02:00"), "configure interface 02:00: Invalid argument"),
+        (Link(f"{MAC}:00"), f"configure interface {MAC}:00: Invalid argument"),
         (WaitFor("/nowhere", 0.02), "wait for /nowhere: Connection timed out"),
         (EnterRoot("/nowhere"), "enter root /nowhere: "),
         (EnterRoot("/usr", keep=()), "enter root /usr: Invalid argument"),
@@ -135,6 +202,24 @@ def test_a_failure_names_its_step(inside: AgentClient, step: Any, message: str) 
     with pytest.raises(AgentError, match=message):
         inside.setup([MakeDirectory("/"), step, Hostname("never")])
     assert shell(inside, "uname -n") == f"{os.uname().nodename}\n"
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        Link("02:00:00:00:00:ff"),
+        Link(MAC, mtu=10),
+        Link(MAC, addresses=["10.9.8"]),
+        Link(MAC, addresses=["10.9.8.7/33"]),
+        Link(MAC, addresses=["10.9.8.7/"]),
+        Link(MAC, addresses=["10.9.8.7/2x"]),
+        Link(MAC, gateways=["fd00::1/1000"]),
+    ],
+)
+@pytest.mark.timeout(30)
+def test_an_interface_that_cannot_be_configured(wired: AgentClient, link: Link) -> None:
+    with pytest.raises(AgentError, match=f"configure interface {link.mac}: "):
+        wired.setup([link])
 
 
 def test_steps_that_are_done_stay_done(inside: AgentClient, tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from hostel.errors import HostelError
 from hostel.plan import Ending, Engine
 from hostel.spec import DEFAULT_MEMORY, MachineSpec, Root
 
+from . import network, terminal
 from . import options as opt
-from . import terminal
 from .entry import OK, TIMED_OUT
 from .options import option
 from .say import say
@@ -36,6 +36,7 @@ _CHUNK = 4096
 
 
 @click.command("boot", cls=opt.Command)
+@network.options
 @opt.machine
 @option(
     "Machine",
@@ -54,6 +55,9 @@ def command(timeout: float | None, **given: Any) -> int:
     """
     given["memory"] = DEFAULT_MEMORY if given["memory"] is None else given["memory"]
     given["pin"] = given["pin"] or ()
+    net, plane, allow = (given.pop(name) for name in ("net", "net_plane", "allow"))
+    given["nics"] = network.nics(net, plane, allow, lambda: None)
+    given["publish"] = network.ports(given["publish"])
     spec = MachineSpec(**given, root=Root(kind="none"))
     with _started(spec) as engine:
         return _Session(engine).run(timeout)
@@ -62,13 +66,14 @@ def command(timeout: float | None, **given: Any) -> int:
 @contextlib.contextmanager
 def _started(spec: MachineSpec) -> Iterator[Engine]:
     from hostel import disks
+    from hostel.host.attaching import attached
     from hostel.host.runtime import Runtime, sweep
     from hostel.machine import make_engine
     from hostel.prepare import prepare_raw
 
     sweep()
-    with Runtime(spec.name) as runtime:
-        plan = prepare_raw(spec, runtime.path)
+    with Runtime(spec.name) as runtime, attached(spec, runtime.path) as networks:
+        plan = prepare_raw(spec, runtime.path, networks=networks)
         opt.announce(plan)
         with disks.overlays(plan), disks.daemons(plan) as daemons:
             engine = make_engine(plan)
@@ -110,7 +115,7 @@ class _Session:
         if ending.kind == "debug-exit":
             return ending.code & 0xFF
         if ending.kind in ("panic", "crash", "error"):
-            from hostel.machine import explain_ending
+            from hostel.plan import explain_ending
 
             error = explain_ending(ending, self._engine.console)
             error.console = ""  # it was on the screen

@@ -215,7 +215,7 @@ def hostname(text: str) -> str:
 def machine(function: F) -> F:
     """The options that say what the machine is."""
     section = "Machine"
-    return _apply(
+    return apply(
         function,
         option(
             section,
@@ -301,7 +301,7 @@ def disk_option(section: str) -> Callable[[F], F]:
 def output(function: F) -> F:
     """How much hostel says."""
     section = "Output"
-    return _apply(
+    return apply(
         function,
         _voice(section, "-q", "--quiet", help="Say nothing but errors."),
         _voice(section, "--verbose", help="Say what is done."),
@@ -337,7 +337,7 @@ def _voice(section: str, *names: str, help: str) -> Callable[[F], F]:
     )
 
 
-def _apply(function: F, *options: Callable[[F], F]) -> F:
+def apply(function: F, *options: Callable[[F], F]) -> F:
     """Decorators are applied from the last to the first, so that help shows them in this order."""
     for one in reversed(options):
         function = one(function)

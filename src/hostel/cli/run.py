@@ -22,10 +22,10 @@ import click
 import msgspec
 
 from hostel.errors import MachineTimeout, UserError
-from hostel.spec import DEFAULT_MEMORY, Disk, MachineSpec, Root, Volume
+from hostel.spec import DEFAULT_MEMORY, Disk, MachineSpec, Nic, Publish, Root, Volume
 
+from . import network, terminal
 from . import options as opt
-from . import terminal
 from .entry import EndedBySignal
 from .options import option
 from .say import say
@@ -59,6 +59,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     balloon: bool
     vsock: str
     transport: str
+    net: tuple[Nic | None, ...]
+    net_plane: str
+    publish: tuple[tuple[Publish, ...], ...]
+    allow: tuple[str, ...]
     root: str
     volumes: tuple[Volume, ...]
     tmpfs: tuple[str, ...]
@@ -158,6 +162,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 )
 @option("Files", "--tmpfs", multiple=True, metavar="DIR", help="An empty file system in memory.")
 @option("Files", "--read-only", is_flag=True, help="The root cannot be written.")
+@network.options
 @opt.machine
 @option("Machine", "--name", default="", metavar="NAME", help="The machine's name.")
 @option(
@@ -210,11 +215,21 @@ def machine_spec(options: Options) -> MachineSpec:
         root=_root(options.root),
         read_only=options.read_only,
         disks=options.disks,
+        nics=network.nics(options.net, options.net_plane, options.allow, _default_nic),
+        publish=network.ports(options.publish),
         volumes=options.volumes,
         tmpfs=options.tmpfs,
         hostname=options.hostname or "",
         on_reboot="stop",
     )
+
+
+def _default_nic() -> Nic | None:
+    from hostel.host.reach import default_nic
+
+    nic, reason = default_nic()
+    say.detail(f"network {nic.mode if nic else network.NONE}: {reason}")
+    return nic
 
 
 def _root(text: str) -> Root:

@@ -86,6 +86,8 @@ class StepOp(IntEnum):
     HOSTNAME = 7
     WAIT = 8
     ROOT = 9
+    REMOVE = 10
+    LINK = 11
 
 
 class ExitKind(IntEnum):

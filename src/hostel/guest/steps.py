@@ -151,11 +151,13 @@ class DeviceNode(msgspec.Struct, frozen=True):
 
 
 class WriteFile(msgspec.Struct, frozen=True):
-    """A file with this content (/etc/resolv.conf, a sysctl in /proc/sys …)."""
+    """A file with this content (/etc/resolv.conf, a sysctl in /proc/sys …), or with it at its end. A link
+    to nowhere is replaced."""
 
     path: str
     content: bytes
     mode: int = 0o644
+    append: bool = False
 
     @property
     def label(self) -> str:
@@ -163,7 +165,38 @@ class WriteFile(msgspec.Struct, frozen=True):
 
     def encode(self, writer: Writer) -> None:
         writer.u32(StepOp.WRITE).string(self.label).string(self.path).u32(self.mode)
-        writer.blob(self.content)
+        writer.u32(self.append).blob(self.content)
+
+
+class Remove(msgspec.Struct, frozen=True):
+    """No file or link of this name; that there is none is no error."""
+
+    path: str
+
+    @property
+    def label(self) -> str:
+        return f"remove {self.path}"
+
+    def encode(self, writer: Writer) -> None:
+        writer.u32(StepOp.REMOVE).string(self.label).string(self.path)
+
+
+class Link(msgspec.Struct, frozen=True):
+    """The network interface with this MAC address: its MTU (0: as it is), up, its addresses
+    (``10.213.0.2/24``, IPv6 too) and the gateways of default routes. Nothing is waited for."""
+
+    mac: str
+    mtu: int = 0
+    addresses: Sequence[str] = ()
+    gateways: Sequence[str] = ()
+
+    @property
+    def label(self) -> str:
+        return f"configure interface {self.mac}"
+
+    def encode(self, writer: Writer) -> None:
+        writer.u32(StepOp.LINK).string(self.label).string(self.mac).u32(self.mtu)
+        writer.strings(self.addresses).strings(self.gateways)
 
 
 class Hostname(msgspec.Struct, frozen=True):

@@ -22,8 +22,10 @@ from pathlib import Path
 
 from hostel.errors import UserError
 from hostel.host import storage
-from hostel.plan import AGENT_PORT, Drive, Plan
+from hostel.plan import AGENT_PORT, Drive, Interface, Plan
 from hostel.vmm.layout import PORT_DEBUG_CONSOLE, PORT_DEBUG_EXIT
+
+from . import nic
 
 MIB = 1 << 20
 
@@ -41,8 +43,8 @@ ACCEL = {"tcg": "tcg,thread=multi", "kvm": "kvm"}
 
 
 def arguments(plan: Plan, kernel: Path, cmdline: str, fds: Mapping[str, int]) -> Iterator[str]:
-    """All of it but the program. ``fds``: one end of a socket pair for each of ``streams``, and a pipe
-    for the ``log`` where there is something to learn from it."""
+    """All of it but the program. ``fds``: one end of a socket pair for each of ``streams``, a pipe for the
+    ``log`` where there is something to learn from it, and the taps of ``nic.open_taps``."""
     spec = plan.spec
     yield from ("-nodefaults", "-no-user-config", "-display", "none")
     yield from ("-accel", ACCEL[plan.accel], "-cpu", CPU[plan.accel], "-smp", str(spec.cpus))
@@ -60,6 +62,8 @@ def arguments(plan: Plan, kernel: Path, cmdline: str, fds: Mapping[str, int]) ->
     yield from _device(plan, "virtio-rng")
     for index, drive in enumerate(plan.disks):
         yield from _disk(plan, index, drive)
+    for index, interface in enumerate(plan.nics):
+        yield from _nic(plan, interface, f"net{index}", fds)
     for share in plan.shares:
         path = str(share.socket).replace(",", ",,")
         yield from ("-chardev", f"socket,id=fs-{share.tag},path={path}")
@@ -105,7 +109,8 @@ def _memory(plan: Plan) -> Iterator[str]:
     if spec.memory % MIB:
         raise UserError(f"engine qemu takes memory in whole MiB, not {spec.memory} bytes")
     backend = "memory-backend-ram"
-    if plan.shares or spec.hugepages or _is_served_here(plan):
+    by_socket = any(one.plane == "vhost-user" for one in plan.nics)
+    if plan.shares or spec.hugepages or by_socket or _is_served_here(plan):
         huge = ",hugetlb=on" if spec.hugepages else ""
         backend = f"memory-backend-memfd,share=on{huge}"
     yield from ("-m", f"{spec.memory // MIB}M")
@@ -133,6 +138,15 @@ def _streams(plan: Plan, fds: Mapping[str, int]) -> Iterator[str]:
     else:
         yield from _json("isa-debugcon", iobase=PORT_DEBUG_CONSOLE, chardev="debug")
         yield from _json("isa-debug-exit", iobase=PORT_DEBUG_EXIT, iosize=4)
+
+
+def _nic(plan: Plan, interface: Interface, name: str, fds: Mapping[str, int]) -> Iterator[str]:
+    yield from nic.backend(interface, name, fds)
+    driver, properties = nic.device(interface, name, pci=plan.spec.transport == "pci")
+    if interface.model == "virtio":
+        yield from _device(plan, driver, **properties)
+    else:
+        yield from _json(driver, **properties)
 
 
 def _disk(plan: Plan, index: int, drive: Drive) -> Iterator[str]:

@@ -35,7 +35,7 @@ from hostel.memory import GuestMemory
 from hostel.plan import Balloon, Ending, EndingKind, Plan
 from hostel.vmm.loop import EventLoop
 
-from . import command, tsc
+from . import command, nic, tsc
 from .control import Control
 from .fault import SOON, FaultLog, ResetLoop
 from .stream import ConsoleStream
@@ -178,6 +178,8 @@ class QemuEngine:
             fds["log"] = log[1].fileno()
         if self._vsock is not None:
             fds["vsock"] = self._vsock.fd
+        taps = self._undo.enter_context(ExitStack())
+        fds |= nic.open_taps(self.plan, taps)
         argv = command.arguments(self.plan, kernel, cmdline, fds)
         helper = Helper(
             "qemu",
@@ -188,6 +190,7 @@ class QemuEngine:
         )
         for end in theirs.values():
             end.close()
+        taps.close()
         self._attach(ours)
         if log:
             log[1].close()

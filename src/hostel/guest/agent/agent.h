@@ -6,6 +6,7 @@
  *   child.c   what a child does before it becomes the command
  *   files.c   children that pack and unpack trees of files
  *   setup.c   the steps of SETUP
+ *   net.c     network interfaces
  *   boot.c    what PID 1 does before there is a host to talk to, and at the end
  *
  * Rules: the loop never blocks but in poll(). What may block (files, user look-up) is done in a child,
@@ -117,6 +118,11 @@ _Noreturn void child_unpack(const uint8_t *message, size_t size);
 
 void setup(uint32_t stream, const uint8_t *message, size_t size);
 int make_directories(const char *path, mode_t mode);
+
+/* net.c */
+
+int step_link(struct cursor *cursor);
+void network_basics(void);
 
 /* boot.c */
 

@@ -7,12 +7,10 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <net/if.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
@@ -120,17 +118,6 @@ static void mount_system(void)
 	symlink("/proc/self/fd/2", "/dev/stderr");
 }
 
-static void loopback_up(void)
-{
-	struct ifreq request = { .ifr_name = "lo", .ifr_flags = IFF_UP | IFF_RUNNING };
-	int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-
-	if (fd < 0)
-		return;		/* a kernel without IP */
-	ioctl(fd, SIOCSIFFLAGS, &request);
-	close(fd);
-}
-
 /* An appended signature (kernel: Documentation/admin-guide/module-signing.rst): the signature itself, then
  * 12 bytes that end in its size, big endian, then a marker. */
 static size_t unsigned_size(const uint8_t *module, size_t size)
@@ -223,7 +210,7 @@ void boot(void)
 	raise_limits();
 	mount_system();
 	load_modules();
-	loopback_up();
+	network_basics();
 }
 
 /* Where poweroff(8) and reboot(8) turn to if there is no systemd: a FIFO that takes the requests of

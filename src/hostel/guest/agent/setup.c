@@ -65,6 +65,8 @@ static int write_file(const char *path, int flags, mode_t mode, const char *data
 	int fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC | flags, mode);
 	int error = 0;
 
+	if (fd < 0 && errno == ENOENT && !unlink(path))		/* it was a link to nowhere */
+		fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC | flags, mode);
 	if (fd < 0)
 		return -1;
 	if (write(fd, data, size) != (ssize_t)size)
@@ -79,10 +81,18 @@ static int step_write(struct cursor *cursor)
 {
 	const char *path = take_string(cursor);
 	mode_t mode = take_u32(cursor);
+	bool append = take_u32(cursor);
 	uint32_t size;
 	const char *data = take_blob(cursor, &size);
 
-	return cursor->bad ? 0 : write_file(path, O_TRUNC, mode, data, size);
+	return cursor->bad ? 0 : write_file(path, append ? O_APPEND : O_TRUNC, mode, data, size);
+}
+
+static int step_remove(struct cursor *cursor)
+{
+	const char *path = take_string(cursor);
+
+	return cursor->bad || !unlink(path) || errno == ENOENT ? 0 : -1;
 }
 
 static int step_touch(struct cursor *cursor)
@@ -160,6 +170,7 @@ static int (*const steps[])(struct cursor *) = {
 	[STEP_MOUNT] = step_mount, [STEP_MKDIR] = step_mkdir, [STEP_TOUCH] = step_touch,
 	[STEP_SYMLINK] = step_symlink, [STEP_DEVICE] = step_device, [STEP_WRITE] = step_write,
 	[STEP_HOSTNAME] = step_hostname, [STEP_WAIT] = step_wait, [STEP_ROOT] = step_root,
+	[STEP_REMOVE] = step_remove, [STEP_LINK] = step_link,
 };
 
 void setup(uint32_t stream, const uint8_t *message, size_t size)

@@ -1,0 +1,48 @@
+"""A machine's networks from its description, made or only foreseen; and what its engine is to make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from hostel.errors import SpecError
+from hostel.spec import Limits, MachineSpec
+
+if TYPE_CHECKING:
+    from .interface import Interface
+    from .network import Networks
+
+
+def machine_name(spec: MachineSpec) -> str:
+    """By which other machines of its networks find it; empty: they do not."""
+    return spec.name or spec.hostname
+
+
+def attached(spec: MachineSpec, runtime: Path) -> Networks:
+    """Asked for; whoever wants to know more (``attachments``) waits for it. The caller closes it."""
+    from .network import Networks, attach
+
+    if not spec.nics:
+        return Networks()
+    return attach(spec.nics, spec.publish, runtime, machine_name(spec), cpus=spec.cpus)
+
+
+def foreseen(spec: MachineSpec, runtime: Path) -> Networks:
+    """What ``attach`` would make; nothing is made."""
+    from .network import Networks, preview
+
+    if not spec.nics:
+        return Networks()
+    return preview(spec.nics, spec.publish, runtime, machine_name(spec), cpus=spec.cpus)
+
+
+def interfaces(networks: Networks, engine: Literal["kvm", "qemu"]) -> tuple[Interface, ...]:
+    """What the engine is to make; ``SpecError`` for what it has not."""
+    found = tuple(one.interface for one in networks.attachments)
+    if engine == "qemu" and any(one.limits != Limits() for one in found):
+        raise SpecError(
+            "engine qemu cannot limit the rate of a network interface",
+            cost="the guest would not be held back",
+            cure="use --engine kvm, or leave the limits out",
+        )
+    return found
