@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import select
 import socket
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 
 from hostel.abi import virtio as abi
-from hostel.virtio.vsock import EVENT, RX, TX, Vsock
+from hostel.virtio.vsock import RX, TX, Vsock
 from virtio.rig import PATIENCE, Driver, Rig
 
 CID = 7
@@ -70,6 +73,8 @@ class Connection:
         self.room = 0
         self.forwarded = 0
         self.told = 0
+        self.parts: list[int] = []
+        """The sizes that ``write_some`` sent."""
         self.seen: list[int] = []
         """Operations, in order, without the data's."""
         self.ends = 0
@@ -93,13 +98,20 @@ class Connection:
         return self.room - ((self.sent - self.forwarded) & 0xFFFF_FFFF)
 
     def write(self, data: bytes) -> None:
-        """As the credit allows, and never more."""
         while data:
             self.guest.until(lambda: self.credit > 0)
-            part = data[: min(self.credit, 65536)]
+            data = data[self.write_some(data) :]
+
+    def write_some(self, data: bytes) -> int:
+        """As the credit allows now; how many bytes that were."""
+        done = 0
+        while done < len(data) and self.credit > 0:
+            part = data[done : done + min(self.credit, 65536)]
             self.send_packet(abi.VSOCK_OP_RW, part)
             self.sent += len(part)
-            data = data[len(part) :]
+            done += len(part)
+        self.parts.append(done)
+        return done
 
     def shutdown(self, flags: int) -> None:
         self.send_packet(abi.VSOCK_OP_SHUTDOWN, flags=flags)
@@ -159,6 +171,9 @@ class Guest:
         self.strays: list[Packet] = []
         """Packets that belong to no connection of ours."""
         self.listening: set[int] = set()
+        self.silent = False
+        """Requests are not answered."""
+        self.refused = 0
         self.driver.start(self.features, size=self.size, heap=(2 << 20) - (16 << 10))
         for _ in range(self.size):
             self.driver.queues[RX].add([], [HEADER + self.buffer], indirect=True)
@@ -206,15 +221,15 @@ class Guest:
             connection = self.connections[key] = Connection(self, *key)
             connection.hear(packet)
             connection.send_packet(abi.VSOCK_OP_RESPONSE)
-        elif packet.op == abi.VSOCK_OP_REQUEST:
+        elif packet.op == abi.VSOCK_OP_REQUEST and not self.silent:
+            self.refused += 1
             self.send(Packet(abi.VSOCK_OP_RST, *key))
         elif connection is None:
             self.strays.append(packet)
         else:
             connection.hear(packet)
 
-    def until(self, condition: object, seconds: float = PATIENCE) -> None:
-        assert callable(condition)
+    def until(self, condition: Callable[[], object]) -> None:
         while not condition():
             if not self.pump() and not condition():
                 assert self.wait(RX), f"nothing came; {self.device.fault}"
@@ -227,8 +242,11 @@ class Guest:
 
     # -- connections --------------------------------------------------------------------------
 
-    def connect(self, guest_port: int = GUEST_PORT, host_port: int = PORT) -> Connection:
+    def connect(
+        self, guest_port: int = GUEST_PORT, host_port: int = PORT, *, window: int = WINDOW
+    ) -> Connection:
         connection = Connection(self, guest_port, host_port)
+        connection.window = window
         self.connections[guest_port, host_port] = connection
         connection.send_packet(abi.VSOCK_OP_REQUEST)
         self.until(lambda: connection.seen)
@@ -263,6 +281,17 @@ class Program:
         self.listener.close()
 
 
+@contextlib.contextmanager
+def many_files() -> Iterator[None]:
+    """Room for some thousand descriptors in this process."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[1], 16384), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 def client(guest: Guest, port: int) -> socket.socket:
     """It has asked for the guest's port; the answer is still to come."""
     sock = socket.socket(socket.AF_UNIX)
@@ -270,6 +299,3 @@ def client(guest: Guest, port: int) -> socket.socket:
     sock.connect(str(guest.path))
     sock.sendall(b"CONNECT %d\n" % port)
     return sock
-
-
-__all__ = ["BOTH", "EVENT", "RX", "TX", "Connection", "Guest", "Packet", "Program", "client"]
