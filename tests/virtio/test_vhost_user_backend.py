@@ -38,6 +38,7 @@ class Served(Guest):
         self.remote = Remote(rig.loop, ours, name="remote", queue_sizes=(128, 128))
         self.driver = rig.on_pci(self.remote)
         self.buffer, self.features, self.size = 4096, features, 128
+        self.filled = True
         self.start()
 
 

@@ -227,7 +227,7 @@ def _vhost_net() -> Finding:
 
 
 def _vhost_vsock() -> Finding:
-    cost = "no vsock between host and guest"
+    cost = "sockets between host and guest pass through user space: slower"
     return _device("vhost-vsock", "/dev/vhost-vsock", cost, "vhost_vsock")
 
 

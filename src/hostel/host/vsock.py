@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ FIRST_CID = 3
 """The addresses below are reserved (virtio 1.2 §5.10.4)."""
 PORTS = 1 << 32
 LONGEST_SUFFIX = len("_4294967295")
+FILES = 1 << 14
 BACKLOG = 128
 PATIENCE = 10.0
 """Seconds that a connection may take. A guest that is there answers at once."""
@@ -58,6 +60,14 @@ def main_path(directory: Path) -> Path:
             cure="give the machine a shorter name, or set a shorter XDG_RUNTIME_DIR",
         )
     return path
+
+
+def raise_file_limit() -> None:
+    """Hostel's own plane has a descriptor for each connection; the usual soft limit is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def publish_cid(directory: Path, cid: int) -> None:

@@ -184,11 +184,12 @@ def _vsock(board: Board) -> Iterator[Callable[[], VirtioDevice]]:
 
 
 def _make_vsock(loop: EventLoop, vsock: Vsock) -> VirtioDevice:
-    from hostel.host.vsock import main_path, publish_cid
+    from hostel.host.vsock import main_path, publish_cid, raise_file_limit
 
     if vsock.plane == "python":
         from hostel.virtio.vsock import Vsock as PythonVsock
 
+        raise_file_limit()
         return PythonVsock(loop, main_path(vsock.directory), cid=vsock.cid)
     from hostel.virtio.vsock_vhost import VhostVsock, claim
 

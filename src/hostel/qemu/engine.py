@@ -131,8 +131,10 @@ class QemuEngine:
 
     def statistics(self) -> dict[str, Any]:
         """What the host says of the QEMU process."""
-        own = {"engine": "qemu", "accel": self.plan.accel, "resets": self._resets}
+        own: dict[str, Any] = {"engine": "qemu", "accel": self.plan.accel, "resets": self._resets}
         own["console_bytes"] = self.console.total
+        if self._vsock is not None:
+            own["virtio"] = {"vsock": self._vsock.statistics()}
         if self._helper is None or not self._helper.alive():
             return own
         return own | self._helper.usage()

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import Any
 
 import msgspec
 
-from hostel.host.vsock import main_path, publish_cid
+from hostel.host.vsock import main_path, publish_cid, raise_file_limit
 from hostel.plan import Plan
 from hostel.virtio.vhost_user_backend import Backend
 from hostel.virtio.vsock import Vsock
@@ -52,9 +53,13 @@ class QemuVsock:
         os.close(self.fd)
         self.fd = -1
         if self._ours is not None:
+            raise_file_limit()
             device = Vsock(loop, main_path(self._vsock.directory), cid=self._vsock.cid)
             self._backend = Backend(loop, self._ours, device, queues=SERVED_QUEUES)
             self._ours = None
+
+    def statistics(self) -> dict[str, Any]:
+        return self._backend.device.statistics() if self._backend else {"plane": "vhost"}
 
     def close(self) -> None:
         """Before the event loop ends. Idempotent."""

@@ -117,7 +117,7 @@ class Vsock(QueueDevice):
     def statistics(self) -> dict[str, Any]:
         with self.lock:
             own = {"cid": self.cid, "streams": len(self.streams), "held": self.streams.held}
-            return {**super().statistics(), **own, **self.counters}
+            return {**super().statistics(), "plane": "python", **own, **self.counters}
 
     # -- from the guest -----------------------------------------------------------------------
 

@@ -120,10 +120,11 @@ class Streams:
 
     def watch(self, stream: Stream) -> None:
         """Wait for what is of use now. After the last byte to be read only the hang-up is; without
-        credit nothing, for a hang-up would be reported again and again."""
+        credit, once the guest was asked for some, nothing: a hang-up would be reported again and again.
+        """
         if not (stream.open and self.has(stream)):
             return
-        if stream.connecting or (stream.readable and not stream.credit):
+        if stream.connecting or (stream.readable and stream.asked):
             self._set_events(stream, None)
         else:
             self._set_events(stream, select.EPOLLIN if stream.readable else 0)
