@@ -85,6 +85,8 @@ def modules(spec: MachineSpec, disks: bool) -> tuple[list[str], list[str]]:
         wanted.append("virtio_blk")
     if any(nic.model == "virtio" for nic in spec.nics):
         wanted.append("virtio_net")
+    if any(nic.model == "e1000" for nic in spec.nics):
+        wanted.append("e1000")
     if spec.root.kind in ("host", "directory") or spec.volumes:
         wanted.append("virtiofs")
     if spec.root.kind != "none":

@@ -36,12 +36,19 @@ from hostel.vmm.loop import EventLoop
 from hostel.vmm.vcpu_thread import VcpuThread
 
 from .loading import Loading
+from .nic import e1000_pins
 
 if TYPE_CHECKING:
     from hostel.virtio.device import VirtioDevice
-    from hostel.vmm.pci import PciBus
+    from hostel.vmm.pci import PciBus, PciFunction
 
     from .terminal import Terminal
+
+
+class Named(Protocol):
+    """A virtio device, or a card."""
+
+    name: str
 
 
 class Owner(Protocol):
@@ -52,7 +59,7 @@ class Owner(Protocol):
     def debug_exit(self, code: int) -> None: ...
     def system_event(self, type: int) -> None: ...
     def failed(self, error: HostelError) -> None: ...
-    def device_failed(self, device: VirtioDevice, error: HostelError) -> None: ...
+    def device_failed(self, device: Named, error: HostelError) -> None: ...
 
 
 class Board:
@@ -80,6 +87,8 @@ class Board:
         """The guest's end of the agent's stream; not ours to close."""
         self.virtio: list[VirtioDevice] = []
         self.virtio_mmio: list[MmioDevice] = []
+        self.cards: list[PciFunction] = []
+        """PCI functions that are no virtio devices."""
         self.memory = loading.memory
         self.loop = loop
         self.console = console
@@ -186,6 +195,7 @@ class Board:
         tables = AcpiConfig(
             apic_ids=range(self.plan.spec.cpus),
             pci=self.plan.spec.transport == "pci",
+            pci_pins=e1000_pins(self.plan),
             virtio_mmio=self.virtio_mmio,
         )
         write_tables(self.memory, tables)
@@ -261,6 +271,7 @@ class Board:
                 "mmio": {f"{address:#x}": count for address, count in self.mmio.unclaimed.items()},
             },
             "virtio": {device.name: device.statistics() for device in self.virtio},
+            "cards": {card.name: card.statistics() for card in self.cards},
             "exits": [thread.exits for thread in self.threads],
             "kvm": self._kvm_statistics(),
         }

@@ -33,9 +33,8 @@ if TYPE_CHECKING:
     import socket
 
     from hostel.virtio.balloon import Balloon as BalloonDevice
-    from hostel.virtio.device import VirtioDevice
 
-    from .board import Board
+    from .board import Board, Named
 
 MAX_FAULTS = 16
 EVENT_SHUTDOWN, EVENT_RESET = 1, 2  # KVM_SYSTEM_EVENT_*
@@ -156,7 +155,7 @@ class Monitor:
     def failed(self, error: HostelError) -> None:
         self._end(Ending("crash" if isinstance(error, GuestError) else "error", str(error)))
 
-    def device_failed(self, device: VirtioDevice, error: HostelError) -> None:
+    def device_failed(self, device: Named, error: HostelError) -> None:
         self.faults = [*self.faults[1 - MAX_FAULTS :], f"{device.name}: {error}"]
 
     def _halted_in_panic(self) -> None:

@@ -36,7 +36,7 @@ from hostel.vmm import layout
 from hostel.vmm.loop import EventLoop
 from hostel.vmm.pci import PciBus
 
-from .nic import virtio_nics
+from .nic import seat_e1000, virtio_nics
 from .terminal import Terminal
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def seat_on_pci(board: Board, undo: ExitStack) -> None:
     ecam = Ecam(board.vm)
     board.pci = PciBus(board.mmio, ecam.memory, ecam.remove, ports=board.ports)
     board.mmio.add(layout.ECAM_START, layout.ECAM_SIZE, board.pci, "pci")
-    for make in _makers(board, MAX_PCI):
+    seat_e1000(board, board.pci, undo)  # first: the ACPI tables know their numbers
+    for make in _makers(board, MAX_PCI - len(board.cards)):
         device = make()
         function = VirtioPci(device, board.memory, board.vm, board.interrupts)
         undo.callback(function.close)
@@ -82,6 +83,8 @@ class Ecam:
 
 def seat_on_mmio(board: Board, undo: ExitStack) -> None:
     """Each device at an address and with an interrupt line of its own, which ACPI tells."""
+    if any(nic.model != "virtio" for nic in board.plan.nics):
+        raise SpecError("a network interface of model e1000 needs PCI", cure="--transport pci")
     for index, make in enumerate(_makers(board, MAX_MMIO)):
         device = make()
         address = layout.VIRTIO_MMIO_START + index * layout.VIRTIO_MMIO_STRIDE
