@@ -16,6 +16,7 @@ import ctypes
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import pytest
+
+from hostel.host.tap import open_tap
 
 T = TypeVar("T")
 CLONE_NEWNET = 0x4000_0000
@@ -81,6 +84,16 @@ def make_tap(net: Namespace, name: str = "tap0", *, several: bool = False) -> No
     net.run(f"ip addr add {HOST_IP}/24 dev {name}")
     net.run(f"ip link set {name} up")
     net.run(f"ip neigh replace {GUEST_IP} lladdr {GUEST_MAC.hex(':')} dev {name}")
+
+
+def plug(net: Namespace, name: str = "tap0", queues: int = 1) -> list[int]:
+    """The tap's descriptors, once the kernel has noticed its carrier: what it sends before is lost."""
+    fds = net.call(open_tap, name, queues)
+    deadline = time.monotonic() + 10
+    while "state UP" not in net.run(f"ip -o link show {name}"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return fds
 
 
 @contextmanager

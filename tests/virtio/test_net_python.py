@@ -7,12 +7,11 @@ from collections.abc import Iterator
 import pytest
 
 from hostel.abi import virtio_net as abi
-from hostel.host.tap import open_tap
 from hostel.spec import Limits
 from hostel.virtio.net import Net
 from hostel.virtio.net_port import HEADER, TapPort
 from hostel.virtio.net_python import UNLIMITED, PythonPlane
-from virtio.netns import GUEST_MAC, HOST_MAC, Namespace, frame, make_tap, raw_socket
+from virtio.netns import GUEST_MAC, HOST_MAC, Namespace, frame, make_tap, plug, raw_socket
 from virtio.rig import EVENT_INDEX, Driver, Rig
 
 RX, TX = 0, 1
@@ -29,8 +28,7 @@ def net() -> Iterator[Namespace]:
 
 
 def seat(rig: Rig, net: Namespace, transport: str = "pci", limits: Limits = UNLIMITED) -> Driver:
-    fds = net.call(open_tap, "tap0")
-    plane = PythonPlane([TapPort(fd) for fd in fds], limits)
+    plane = PythonPlane([TapPort(fd) for fd in plug(net)], limits)
     return rig.seat(transport, Net(rig.loop, plane, mac=GUEST_MAC))
 
 
@@ -61,7 +59,7 @@ def test_frames_both_ways(rig: Rig, net: Namespace, transport: str, features: in
             assert done.data[HEADER:] == frame(payload)
             assert done.data[COUNT] == b"\1\0", "num_buffers"
             send(driver, frame(payload, to=HOST_MAC, sender=GUEST_MAC))
-            assert wire.recv(4096)[14:] == payload.ljust(0, b"\0")
+            assert wire.recv(4096)[14:] == payload
             driver.wait(TX)
     statistics = driver.device.statistics()["pairs_served"]["0"]
     assert (statistics["receive"]["frames"], statistics["transmit"]["frames"]) == (2, 2)

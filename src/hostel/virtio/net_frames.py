@@ -19,6 +19,7 @@ from the other side: so its sender waits, or drops.
 from __future__ import annotations
 
 import struct
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -39,7 +40,13 @@ AHEAD = 32
 COUNT_AT = HEADER - 2
 """``num_buffers`` is the last field of the header."""
 
-_put_count = struct.Struct("<H").pack_into
+SOON = 10e-6
+"""Seconds between two runs that belong together."""
+
+Used = tuple[int, int]
+"""A chain's head, and how many bytes of it are new."""
+
+_pack_count = struct.Struct("<H").pack_into
 
 
 class Gate:
@@ -75,38 +82,65 @@ class Receiver:
         self._port, self._gate = port, gate
         self._size, self._merged = size, merged
         self._ahead: deque[Chain] = deque()
+        """Taken from the ring, not used yet."""
         self._wide = 0
         self._offered = 0
         self._overflow = memoryview(bytearray(MAX_FRAME))
         self._held = b""
         """A frame that has been read and for which there was no room."""
+        self._turns, self._ended = 1, 0.0
 
     def run(self) -> float:
-        """Receive what there is; the seconds to pause after it."""
-        done: list[tuple[int, int]] = []
-        self.starved, pause = False, 0.0
-        for _ in range(BATCH):
-            if not (self._ahead or self._pop_ahead()):
+        """Receive what there is; the seconds to pause after it.
+
+        The path of every frame: what a small one needs is done here and not in calls.
+        """
+        gate, ahead, receive = self._gate, self._ahead, self._port.receive
+        done: list[Used] = []
+        self.starved, pause, turns = False, 0.0, 0
+        limit = self._turns_now()
+        while turns < limit:
+            if not ahead and not self._pop_ahead():
                 break
             if self._held and not self._release_held(done):
                 break
+            first = ahead[0]
             try:
-                length = self._port.receive(self._buffers())
+                length = receive(self._wide_buffers() if self._wide else self._buffers(first))
             except BlockingIOError:
                 break
-            if not self._gate.open and not self._accepts():
+            if not gate.open and not self._accepts(first):
                 self.filtered += 1
-                continue
-            if not self._deliver(length, done):
+            elif length > first.size:
+                if not self._deliver_large(length, done):
+                    break
+            else:
+                put_count(first.writable, 1)
+                ahead.popleft()
+                done.append((first.head, length))
+                self.bytes += length - HEADER
+                self.frames += 1
+                self._wide -= self._wide > 0
+            turns += 1
+            if gate.limited and (pause := gate.limiter.take(length - HEADER)):
                 break
-            if self._gate.limited and (pause := self._gate.limiter.take(length - HEADER)):
-                break
-        else:
-            self.queue.kick_self()
+        self._end(turns, done, full=turns == limit)
+        return pause
+
+    def _turns_now(self) -> int:
+        """How many frames to ask for. Asking once too often costs as much as a frame: so one frame at
+        first, and more while frames come so fast that the last run has hardly ended."""
+        soon = time.monotonic() - self._ended < SOON
+        return min(2 * self._turns, BATCH) if soon else 1
+
+    def _end(self, turns: int, done: list[Used], *, full: bool) -> None:
+        self._turns = turns or 1
         if done:
             self.queue.push_batch(done)
             self.queue.interrupt()
-        return pause
+        if full and self._port.buffered:
+            self.queue.kick_self()
+        self._ended = time.monotonic()
 
     def stop(self) -> None:
         """What was taken from the ring and not used comes again."""
@@ -114,6 +148,16 @@ class Receiver:
         self._ahead.clear()
         self.dropped += bool(self._held)
         self._held = b""
+
+    def statistics(self) -> dict[str, int]:
+        return {
+            "frames": self.frames,
+            "bytes": self.bytes,
+            "dropped": self.dropped,
+            "filtered": self.filtered,
+            "copied": self.copied,
+            **self.queue.statistics(),
+        }
 
     # -- room -------------------------------------------------------------------------------------
 
@@ -128,19 +172,16 @@ class Receiver:
     def _top_up(self) -> bool:
         chains = self.queue.pop_batch(AHEAD)
         for chain in chains:
-            if not 0 < len(chain.writable) < MAX_BUFFERS:
-                raise QueueError(f"a receive buffer of {len(chain.writable)} pieces")
-            if chain.readable:
-                chain.size = total(chain.writable)
+            if chain.readable or len(chain.writable) != 1:
+                _check(chain)
         self._ahead += chains
         return bool(chains)
 
-    def _buffers(self) -> list[memoryview]:
-        """Where the next frame goes."""
-        if not self._wide:
-            first = self._ahead[0]
-            self._offered = first.size
-            return [*first.writable, self._overflow]
+    def _buffers(self, first: Chain) -> list[memoryview]:
+        self._offered = first.size
+        return [*first.writable, self._overflow]
+
+    def _wide_buffers(self) -> list[memoryview]:
         if len(self._ahead) < AHEAD:
             self._top_up()
         buffers: list[memoryview] = []
@@ -156,58 +197,38 @@ class Receiver:
 
     # -- frames -----------------------------------------------------------------------------------
 
-    def _accepts(self) -> bool:
-        start = self._ahead[0].writable[0][:PEEK]
+    def _accepts(self, first: Chain) -> bool:
+        start = first.writable[0][:PEEK]
         if len(start) < PEEK:
-            pieces, _ = take([*self._ahead[0].writable, self._overflow], PEEK)
+            pieces, _ = take([*first.writable, self._overflow], PEEK)
             return self._gate.accepts(b"".join(pieces)[HEADER:])
         return self._gate.accepts(bytes(start[HEADER:]))
 
-    def _deliver(self, length: int, done: list[tuple[int, int]]) -> bool:
-        """The frame just read is the driver's; ``False`` if it has to wait for room."""
-        first = self._ahead[0]
-        if length > first.size:
-            if self._merged:
-                return self._merge(length, done)
+    def _deliver_large(self, length: int, done: list[Used]) -> bool:
+        """§5.1.6.3.2: a frame in several chains, of which the first one tells how many. ``False`` if it
+        has to wait for room."""
+        if not self._merged:
             self.dropped += 1
             return True
-        self._put_count(first.writable, 1)
-        self._ahead.popleft()
-        done.append((first.head, length))
-        self._wide -= self._wide > 0
-        self.frames += 1
-        self.bytes += length - HEADER
-        return True
-
-    def _merge(self, length: int, done: list[tuple[int, int]]) -> bool:
-        """§5.1.6.3.2: a frame in several chains, of which the first one tells how many."""
         self._wide = WIDE_FOR
-        count = self._count_for(length)
-        if not count:
-            return not self._hold(length)
+        ahead, left = self._ahead, length
+        taken: list[Chain] = []
+        while left > 0:
+            if not ahead and not self._pop_ahead():
+                ahead.extendleft(reversed(taken))
+                return not self._hold(length)
+            taken.append(chain := ahead.popleft())
+            left -= chain.size
         if (over := length - self._offered) > 0:
-            chains = [view for at in range(count) for view in self._ahead[at].writable]
-            scatter(take(chains, self._offered)[1], self._overflow[:over])
+            views = [view for chain in taken for view in chain.writable]
+            scatter(take(views, self._offered)[1], self._overflow[:over])
             self.copied += over
-        self._put_count(self._ahead[0].writable, count)
+        put_count(taken[0].writable, len(taken))
+        done += [(chain.head, chain.size) for chain in taken]
+        done[-1] = (chain.head, chain.size + left)
         self.frames += 1
         self.bytes += length - HEADER
-        for _ in range(count):
-            chain = self._ahead.popleft()
-            used = min(length, chain.size)
-            done.append((chain.head, used))
-            length -= used
         return True
-
-    def _count_for(self, length: int) -> int:
-        """How many chains a frame of this length takes; 0: more than there are."""
-        room = count = 0
-        while room < length:
-            if count == len(self._ahead) and not self._pop_ahead():
-                return 0
-            room += self._ahead[count].size
-            count += 1
-        return count
 
     def _hold(self, length: int) -> bool:
         """Keep the frame until the driver offers more; ``False`` if it is dropped."""
@@ -215,24 +236,32 @@ class Receiver:
             self.starved = False
             self.dropped += 1
             return False
-        chains = [view for chain in self._ahead for view in chain.writable]
-        pieces, _ = take(chains, min(self._offered, length))
+        views = [view for chain in self._ahead for view in chain.writable]
+        pieces, _ = take(views, min(self._offered, length))
         self._held = b"".join([*pieces, self._overflow[: length - total(pieces)]])
         return True
 
-    def _release_held(self, done: list[tuple[int, int]]) -> bool:
+    def _release_held(self, done: list[Used]) -> bool:
         """The same as if it had been read now, into ``overflow`` alone."""
         frame, self._held = self._held, b""
         self._overflow[: len(frame)] = frame
         self._offered = 0
-        return self._merge(len(frame), done)
+        return self._deliver_large(len(frame), done)
 
-    def _put_count(self, buffers: Sequence[memoryview], count: int) -> None:
-        """Without MRG_RXBUF too it has to be 1 (§5.1.6.4.1), and a tap does not write it."""
-        if len(buffers[0]) >= HEADER:
-            _put_count(buffers[0], COUNT_AT, count)
-        else:
-            scatter(take(buffers, COUNT_AT)[1], count.to_bytes(2, "little"))
+
+def _check(chain: Chain) -> None:
+    """A chain to receive into that is not a single buffer."""
+    if not 0 < len(chain.writable) < MAX_BUFFERS:
+        raise QueueError(f"a receive buffer of {len(chain.writable)} pieces")
+    chain.size = total(chain.writable)
+
+
+def put_count(buffers: Sequence[memoryview], count: int) -> None:
+    """Without MRG_RXBUF too it has to be 1 (§5.1.6.4.1), and a tap does not write it."""
+    if len(buffers[0]) >= HEADER:
+        _pack_count(buffers[0], COUNT_AT, count)
+    else:
+        scatter(take(buffers, COUNT_AT)[1], count.to_bytes(2, "little"))
 
 
 class Transmitter:
@@ -250,7 +279,7 @@ class Transmitter:
         queue = self.queue
         queue.disable_notifications()
         chains = queue.pop_batch(BATCH)
-        done: list[tuple[int, int]] = []
+        done: list[Used] = []
         self.blocked, pause = False, 0.0
         for chain in chains:
             if not self._send(chain):
@@ -286,3 +315,7 @@ class Transmitter:
         self.frames += 1
         self.bytes += chain.size - HEADER
         return True
+
+    def statistics(self) -> dict[str, int]:
+        counts = {"frames": self.frames, "bytes": self.bytes, "dropped": self.dropped}
+        return {**counts, **self.queue.statistics()}

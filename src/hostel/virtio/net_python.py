@@ -13,15 +13,17 @@ A pair's rings are touched by its thread alone, which has ended when ``stop`` re
 
 from __future__ import annotations
 
+import os
+import select
+import threading
+import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from hostel.abi import virtio_net as abi
 from hostel.errors import HelperError, HostelError
 from hostel.memory import GuestMemory
 from hostel.spec import Limits
-from hostel.vmm.loop import EventLoop
 
 from .device import QueueWiring
 from .limit import Limiter
@@ -32,130 +34,144 @@ from .plane import ServedQueue
 from .queue import Queue
 
 UNLIMITED = Limits()
+COST = "the guest is cut off from this network"
 
 
-def _unheard(error: HostelError) -> None:
+def unheard(error: HostelError) -> None:
     pass
 
 
 class Pair:
-    """One port and, while it is started, the two queues that it serves."""
+    """One port and, while it is started, the two queues that it serves on a thread of its own.
+
+    The thread's loop is not the machine's: it is the path of every frame. Kicks are watched by their edges,
+    which spares reading the eventfd; a kick that comes while its direction waits for something else is
+    forgotten, as what it waits for runs it anyway.
+    """
 
     def __init__(self, port: NetPort, gate: Gate, name: str) -> None:
         self.port = port
         self.name = name
         self.attached = True
-        self.on_fault: Callable[[HostelError], None] = _unheard
+        self.on_fault: Callable[[HostelError], None] = unheard
         self.receiver: Receiver | None = None
         self.transmitter: Transmitter | None = None
         self._gate = gate
-        self._loop: EventLoop | None = None
-        self._watched = (False, False)
-        self._paused = {"receive": False, "transmit": False}
+        self._thread: threading.Thread | None = None
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
-    # -- life cycle -------------------------------------------------------------------------------
+    # -- from other threads -----------------------------------------------------------------------
 
     def start(
         self, receive: ServedQueue | None, transmit: ServedQueue | None, size: int, *, merged: bool
     ) -> None:
-        self._loop = EventLoop(self._crashed, name=f"hostel-{self.name}")
+        self._stopping = False
+        self._paused: dict[str, float] = {}
         self._watched = (False, False)
-        self._paused = dict.fromkeys(self._paused, False)
+        self._epoll = select.epoll()
+        self._handlers = {self._wake: self._woken, self.port.fd: self._ready}
+        self._epoll.register(self._wake, select.EPOLLIN)
         if receive is not None:
             self.receiver = Receiver(self.port, receive, self._gate, size, merged=merged)
-            self._loop.add(receive.kick, partial(self._guarded, self._receive_kicked))
-            receive.kick_self()  # what was offered before we listened
+            self._watch_kick(receive, self._receive_kicked)
         if transmit is not None:
             self.transmitter = Transmitter(self.port, transmit, self._gate)
-            self._loop.add(transmit.kick, partial(self._guarded, self._transmit_kicked))
-            transmit.kick_self()
-        self._loop.call_soon(partial(self._guarded, self._watch))
-        self._loop.start()
+            self._watch_kick(transmit, self._transmit_kicked)
+        self._thread = threading.Thread(target=self._run, name=f"hostel-{self.name}", daemon=True)
+        self._thread.start()
+
+    def _watch_kick(self, queue: ServedQueue, handler: Callable[[], None]) -> None:
+        self._handlers[queue.kick] = handler
+        self._epoll.register(queue.kick, select.EPOLLIN | select.EPOLLET)
+        queue.kick_self()  # what was offered before we listened
 
     def stop(self) -> None:
         """The thread has ended when this returns."""
-        if self._loop is not None:
-            self._loop.stop()
-            self._loop = None
+        if self._thread is None:
+            return
+        self._stopping = True
+        os.eventfd_write(self._wake, 1)
+        self._thread.join()
+        self._thread = None
+        self._epoll.close()
         if self.receiver is not None:
             self.receiver.stop()
-            self.receiver = None
-        self.transmitter = None
+        self.receiver = self.transmitter = None
 
     def attach(self, attached: bool) -> None:
-        """Whether frames come through this pair. A port that is detached reads as failed: the thread that
-        watches it does it."""
+        """Whether frames come through this pair. A port that is detached reads as failed: so the thread
+        that watches it does it."""
         if attached == self.attached:
             return
         self.attached = attached
-        if self._loop is not None:
-            self._loop.call_soon(partial(self._guarded, self._attach))
+        if self._thread is not None:
+            os.eventfd_write(self._wake, 1)
         else:
             self.port.attach(attached)
 
-    def _attach(self) -> None:
+    def close(self) -> None:
+        self.stop()
+        os.close(self._wake)
+        self.port.close()
+
+    # -- on the pair's thread ---------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """The guest's fault, or a port that failed for good, ends this thread and stops this NIC alone."""
+        poll, handlers = self._epoll.poll, self._handlers
+        try:
+            while not self._stopping:
+                for fd, _ in poll(self._patience() if self._paused else None):
+                    handlers[fd]()
+                if self._paused:
+                    self._resume()
+        except HostelError as error:
+            self.on_fault(error)
+        except OSError as error:
+            self.on_fault(HelperError(f"{self.name}: {error.strerror}", cost=COST))
+        except Exception as error:  # ours; the machine goes on without this NIC
+            self.on_fault(HelperError(f"{self.name}: {error!r}", cost=COST))
+
+    def _woken(self) -> None:
+        os.eventfd_read(self._wake)
         if self.attached:
             self.port.attach(True)
         self._watch()
         if not self.attached:
             self.port.attach(False)
 
-    # -- on the pair's thread -----------------------------------------------------------------------
-
-    def _guarded(self, work: Callable[[], None]) -> None:
-        """The guest's fault, or a port that failed for good, ends this NIC alone."""
-        try:
-            work()
-        except HostelError as error:
-            self._fail(error)
-        except OSError as error:
-            self._fail(HelperError(f"{self.name}: {error.strerror}", cost="the NIC is cut off"))
-
-    def _fail(self, error: HostelError) -> None:
-        if self._loop is not None:
-            for queue in self._queues():
-                self._loop.remove(queue.kick)
-            self._loop.remove(self.port.fd)
-        self.on_fault(error)
-
-    def _crashed(self, error: Exception) -> None:
-        self._fail(HelperError(f"{self.name}: {error!r}", cost="the NIC is cut off"))
-
-    def _queues(self) -> list[ServedQueue]:
-        served = (self.receiver, self.transmitter)
-        return [one.queue for one in served if one is not None]
-
     def _receive_kicked(self) -> None:
+        """There is room again, or is it the first time?"""
         assert self.receiver is not None
-        self.receiver.queue.drain()
+        self.receiver.queue.kicks += 1
         self._receive()
+        self._watch()
 
     def _receive(self) -> None:
-        if self.receiver is not None and self.attached and not self._paused["receive"]:
-            self._pause("receive", self.receiver.run(), self._receive)
-        self._watch()
+        receiver = self.receiver
+        if receiver is None or not self.attached or "receive" in self._paused:
+            return
+        pause = receiver.run()
+        if pause:
+            self._paused["receive"] = time.monotonic() + pause
+        if pause or receiver.starved:
+            self._watch()
 
     def _transmit_kicked(self) -> None:
         assert self.transmitter is not None
-        self.transmitter.queue.drain()
-        self._transmit()
+        self.transmitter.queue.kicks += 1
+        if not self.transmitter.blocked:
+            self._transmit()
 
     def _transmit(self) -> None:
-        if self.transmitter is not None and not self._paused["transmit"]:
-            self._pause("transmit", self.transmitter.run(), self._transmit)
-        self._watch()
-
-    def _pause(self, what: str, seconds: float, work: Callable[[], None]) -> None:
-        """The NIC's rate is used up: go on later."""
-        if not seconds or self._loop is None:
+        transmitter = self.transmitter
+        if transmitter is None or "transmit" in self._paused:
             return
-
-        def resume() -> None:
-            self._paused[what] = False
-            work()
-
-        self._paused[what] = True
-        self._loop.call_later(seconds, partial(self._guarded, resume))
+        was_blocked, pause = transmitter.blocked, transmitter.run()
+        if pause:
+            self._paused["transmit"] = time.monotonic() + pause
+        if transmitter.blocked or was_blocked:
+            self._watch()
 
     def _ready(self) -> None:
         """The port can be read or written, or has failed, which reading tells."""
@@ -165,32 +181,44 @@ class Pair:
         if read:
             self._receive()
 
+    # -- waiting ----------------------------------------------------------------------------------
+
+    def _patience(self) -> float:
+        return max(min(self._paused.values()) - time.monotonic(), 0)
+
+    def _resume(self) -> None:
+        """The NIC's rate allows more."""
+        now = time.monotonic()
+        due = [what for what, when in self._paused.items() if when <= now]
+        for what in due:
+            del self._paused[what]
+            (self._receive if what == "receive" else self._transmit)()
+        if due:
+            self._watch()
+
     def _watch(self) -> None:
-        """Wait for what is of use now. With neither, the port leaves the loop: one that has failed would
-        be reported again and again."""
-        if self._loop is None:
-            return
+        """Wait for what is of use now. With neither, the port leaves the epoll set: one that has failed
+        would be reported again and again."""
         receiver, transmitter = self.receiver, self.transmitter
-        read = receiver is not None and not receiver.starved and not self._paused["receive"]
+        read = receiver is not None and not receiver.starved and "receive" not in self._paused
         wanted = (read and self.attached, transmitter is not None and transmitter.blocked)
         if wanted == self._watched:
             return
-        if self._watched == (False, False):
-            callback = partial(self._guarded, self._ready)
-            self._loop.add(self.port.fd, callback, read=wanted[0], write=wanted[1])
-        elif wanted == (False, False):
-            self._loop.remove(self.port.fd)
+        events = (select.EPOLLIN if wanted[0] else 0) | (select.EPOLLOUT if wanted[1] else 0)
+        if not events:
+            self._epoll.unregister(self.port.fd)
+        elif self._watched == (False, False):
+            self._epoll.register(self.port.fd, events)
         else:
-            self._loop.modify(self.port.fd, read=wanted[0], write=wanted[1])
+            self._epoll.modify(self.port.fd, events)
         self._watched = wanted
 
     def statistics(self) -> dict[str, Any]:
-        def of(one: Receiver | Transmitter | None) -> dict[str, int]:
-            names = ("frames", "bytes", "dropped", "filtered", "copied")
-            counts = {name: getattr(one, name) for name in names if hasattr(one, name)}
-            return counts if one is None else counts | one.queue.statistics()
-
-        return {"receive": of(self.receiver), "transmit": of(self.transmitter)}
+        receiver, transmitter = self.receiver, self.transmitter
+        return {
+            "receive": receiver.statistics() if receiver else {},
+            "transmit": transmitter.statistics() if transmitter else {},
+        }
 
 
 class PythonPlane(NetPlane):
@@ -202,7 +230,7 @@ class PythonPlane(NetPlane):
         self.features = ports[0].features | 1 << abi.F_MRG_RXBUF
         self.without = 0
         self.max_pairs = len(ports)
-        self.on_fault = _unheard
+        self.on_fault = unheard
         self._gate = Gate(Limiter(limits))
         self._pairs = [Pair(port, self._gate, f"{name}-{at}") for at, port in enumerate(ports)]
         self._queues: list[ServedQueue] = []
@@ -271,7 +299,7 @@ class PythonPlane(NetPlane):
     def close(self) -> None:
         self.stop()
         for pair in self._pairs:
-            pair.port.close()
+            pair.close()
         self._pairs = []
 
     def statistics(self) -> dict[str, Any]:
