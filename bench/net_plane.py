@@ -61,7 +61,7 @@ def ipv4_tcp(payload: int) -> bytes:
     total = sum(struct.unpack(">10H", ip))
     checksum = ~(total + (total >> 16)) & 0xFFFF
     tcp = struct.pack(">HHIIBBHHH", 1, 2, 0, 0, 0x50, 0x10, 1000, 0, 0)
-    return ip[:10] + checksum.to_bytes(2, "big") + ip[12:] + tcp
+    return b"".join([ip[:10], checksum.to_bytes(2, "big"), ip[12:], tcp])
 
 
 def small(to: bytes, sender: bytes) -> bytes:
@@ -72,7 +72,7 @@ def large(to: bytes, sender: bytes) -> bytes:
     """One TCP segment of 60 KB, to be cut into packets of 1448 bytes by whoever needs them."""
     payload = 60_000
     flags = abi.HDR_F_NEEDS_CSUM
-    header: bytes = abi.HDR.pack(flags, abi.HDR_GSO_TCPV4, 14 + 40, 1448, 14 + 20, 16, 0)
+    header = abi.HDR.pack(flags, abi.HDR_GSO_TCPV4, 14 + 40, 1448, 14 + 20, 16, 0)
     return b"".join([header, to, sender, b"\x08\0", ipv4_tcp(payload), bytes(payload)])
 
 
