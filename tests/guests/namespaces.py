@@ -30,6 +30,7 @@ from hostel.host.interface import Attachment
 CLONE_NEWNET = 0x40000000
 TUNSETIFF = 0x400454CA
 IFF_TAP, IFF_NO_PI = 0x0002, 0x1000
+IP_PKTINFO = 8
 OUTSIDE, HOST = "203.0.113.1", "203.0.113.2"
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -142,6 +143,7 @@ class Echo:
         self._tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         for sock in (self._tcp, self._udp):
             sock.bind((address, port))
+        self._udp.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)  # to answer from where it was asked
         self._tcp.listen(64)
         self._stop = os.eventfd(0)
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -159,9 +161,9 @@ class Echo:
                 with connection, contextlib.suppress(OSError):
                     connection.send(peer[0].encode())
             if self._udp.fileno() in ready:
-                _, peer = self._udp.recvfrom(2048)
+                _, asked_at, _, peer = self._udp.recvmsg(2048, 64)
                 with contextlib.suppress(OSError):
-                    self._udp.sendto(peer[0].encode(), peer)
+                    self._udp.sendmsg([peer[0].encode()], asked_at, 0, peer)
 
     def __enter__(self) -> Echo:
         return self
