@@ -24,8 +24,9 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Self
 
-from hostel.host.interface import Attachment
+from hostel.host.interface import Attachment, Interface
 
 CLONE_NEWNET = 0x40000000
 TUNSETIFF = 0x400454CA
@@ -92,7 +93,7 @@ class Namespace:
     def close(self) -> None:
         os.close(self.fd)
 
-    def __enter__(self) -> Namespace:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -111,9 +112,9 @@ class Guest(Namespace):
         super().__init__()
         self.mac = attachment.interface.mac
         with host.inside():
-            near = open_tap(attachment.interface.target)
+            near = _connect(attachment.interface)
         with self.inside():
-            far = open_tap("eth0")
+            far = Tap(open_tap("eth0"))
         self._stop = os.eventfd(0)
         self._pump = threading.Thread(target=_pump, args=(near, far, self._stop), daemon=True)
         self._pump.start()
@@ -159,6 +160,8 @@ class Echo:
             if self._tcp.fileno() in ready:
                 connection, peer = self._tcp.accept()
                 with connection, contextlib.suppress(OSError):
+                    connection.settimeout(1)
+                    connection.recv(1)
                     connection.send(peer[0].encode())
             if self._udp.fileno() in ready:
                 _, asked_at, _, peer = self._udp.recvmsg(2048, 64)
@@ -187,8 +190,7 @@ def ask(where: Namespace, address: str, port: int, kind: str = "tcp", patience: 
         sock.settimeout(patience)
         try:
             sock.connect((address, port))
-            if kind == "udp":
-                sock.send(b"?")
+            sock.send(b"?")
             return sock.recv(100).decode()
         except OSError:
             return ""
@@ -202,8 +204,7 @@ def reached(where: Namespace, targets: list[tuple[str, int, str]]) -> list[tuple
         with sock, contextlib.suppress(OSError):
             sock.settimeout(0.5)
             sock.connect(target[:2])
-            if target[2] == "udp":
-                sock.send(b"?")
+            sock.send(b"?")
             answers[target] = sock.recv(100).decode()
 
     kinds = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
@@ -237,30 +238,86 @@ def world() -> Iterator[tuple[Namespace, Namespace]]:
         yield host, outside
 
 
-def open_tap(name: str) -> int:
-    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+def open_tap(name: str, device: str = "/dev/net/tun") -> int:
+    """Without vnet headers: the kernel then sums and segments what it gives us."""
+    fd = os.open(device, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI))
     return fd
 
 
-def _pump(one: int, other: int, stop: int) -> None:
+class Tap:
+    """One end of a guest's wire: a tap or a macvtap, a frame a read."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def frames(self) -> list[bytes]:
+        return [os.read(self.fd, 1 << 17)]
+
+    def send(self, frame: bytes) -> None:
+        os.write(self.fd, frame)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class Stream(Tap):
+    """The other kind: a socket that carries each frame with its length before it."""
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(path)
+        self._received = b""
+        super().__init__(self._socket.fileno())
+
+    def frames(self) -> list[bytes]:
+        data = self._socket.recv(1 << 17)
+        if not data:
+            raise OSError("the other end is closed")
+        self._received += data
+        found = []
+        while len(self._received) >= 4:
+            end = 4 + struct.unpack_from(">I", self._received)[0]
+            if len(self._received) < end:
+                break
+            found.append(self._received[4:end])
+            self._received = self._received[end:]
+        return found
+
+    def send(self, frame: bytes) -> None:
+        self._socket.sendall(struct.pack(">I", len(frame)) + frame)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _connect(interface: Interface) -> Tap:
+    if interface.backend == "stream":
+        return Stream(interface.target)
+    if interface.backend == "macvtap":
+        return Tap(open_tap("", interface.target))
+    return Tap(open_tap(interface.target))
+
+
+def _pump(one: Tap, other: Tap, stop: int) -> None:
     """Frames from each to the other, until told to stop or one has gone."""
     poll = select.poll()
-    for fd in (one, other, stop):
+    for fd in (one.fd, other.fd, stop):
         poll.register(fd, select.POLLIN)
     try:
         while True:
             for fd, _ in poll.poll():
                 if fd == stop:
                     return
-                frame = os.read(fd, 1 << 16)
-                with contextlib.suppress(OSError):  # not up yet
-                    os.write(other if fd == one else one, frame)
+                here, there = (one, other) if fd == one.fd else (other, one)
+                for frame in here.frames():
+                    with contextlib.suppress(OSError):  # not up yet
+                        there.send(frame)
     except OSError:
-        return  # hostel has taken its tap away
+        return  # hostel has taken its side away
     finally:
-        os.close(one)
-        os.close(other)
+        one.close()
+        other.close()
 
 
 def _current() -> int:

@@ -297,13 +297,6 @@ def _need_privileges(nic: Nic) -> None:
 
         if nic.target not in kernel.interfaces():
             raise UserError(f"there is no interface {nic.target}", cure="see: ip link")
-        bridge = f"/sys/class/net/{nic.target}/bridge"
-        if (
-            nic.mode == "bridge"
-            and os.path.exists("/sys/class/net/lo")
-            and not os.path.isdir(bridge)
-        ):
-            raise UserError(f"{nic.target} is no bridge", cure=f"use --net macvtap={nic.target}")
 
 
 def _port(port: Publish) -> tuple[str, int, int, str]:

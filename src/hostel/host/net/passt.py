@@ -6,6 +6,7 @@ guest does not see the host's loopback (``--no-map-gw``), as on every other netw
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ def start(nic: Nic, publish: Sequence[Publish], path: Path) -> tuple[Helper, Gue
     options = ["-f", "-q", "-s", str(path), "-a", address, "-n", str(subnet.PREFIX)]
     options += ["-g", plan.gateway, "-D", plan.dns[0], "--dns-forward", plan.dns[0]]
     options += ["-m", str(plan.mtu), "--no-map-gw", "-4", *_ports(publish)]
+    if os.geteuid() == 0:  # it would become nobody, who cannot make a socket in our directory; it
+        options += ["--runas", "0"]  # gives up all rights and its root directory even so
     return Helper(path.stem, [program, *options], runtime=path.parent), plan
 
 
