@@ -247,6 +247,21 @@ def test_receive_buffers_in_many_pieces(rig: Rig, tmp_path: Path) -> None:
     program.close()
 
 
+def test_receive_buffers_with_something_to_read(rig: Rig, tmp_path: Path) -> None:
+    guest = Guest(rig, tmp_path, filled=False)
+    program = Program(guest)
+    for _ in range(8):
+        guest.driver.queues[RX].add([bytes(1000)], [HEADER + 100], indirect=True)
+    guest.driver.kick(RX)
+    guest.send(Packet(REQUEST))
+    data = os.urandom(350)
+    with program.accept() as sock:
+        sock.sendall(data)
+        done = guest.driver.wait(RX, 5)
+        assert b"".join(one.data[HEADER:] for one in done) == data
+    program.close()
+
+
 # --- Floods ------------------------------------------------------------------------------------
 
 
@@ -266,7 +281,9 @@ def test_answers_that_nobody_takes(rig: Rig, tmp_path: Path, packet: Packet) -> 
         rig.loop.run_sync(lambda: None)
         if len(guest.device._outbox) >= vsock.OUTBOX:
             break
-    rig.loop.run_sync(lambda: None)
+    for _ in range(10):
+        guest.driver.kick(TX)
+        rig.loop.run_sync(lambda: None)
     assert len(guest.device._outbox) == vsock.OUTBOX
     guest.fill()
     guest.until(lambda: guest.ops().get(RST, 0) == sent)

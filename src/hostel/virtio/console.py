@@ -285,7 +285,7 @@ class Console(QueueDevice):
     # -- control (§5.3.6.2) -------------------------------------------------------------------
 
     def _read_control(self, queue: ServedQueue) -> None:
-        for chain in queue.chains():
+        for chain in queue.chains() if len(self._outbox) < OUTBOX else ():
             head, _ = take(chain.readable, abi.CONSOLE_CONTROL.size)
             message = b"".join(head)
             queue.push(chain, 0)

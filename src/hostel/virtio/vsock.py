@@ -26,7 +26,7 @@ import socket
 from collections import deque
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hostel.abi import virtio as abi
 from hostel.errors import QueueError
@@ -49,6 +49,15 @@ READ_CHAINS = 32
 """Receive buffers that one ``readv`` fills: Linux offers 4 KiB each."""
 CONNECT_SECONDS = 5.0
 """How long the guest may take to answer a request."""
+
+
+class Offer(NamedTuple):
+    """A chain of the guest's for data: its buffers for the header, those for data, their size."""
+
+    chain: Chain
+    head: list[memoryview]
+    data: list[memoryview]
+    room: int
 
 
 class Vsock(QueueDevice):
@@ -122,13 +131,13 @@ class Vsock(QueueDevice):
     # -- from the guest -----------------------------------------------------------------------
 
     def _transmit(self, queue: ServedQueue) -> None:
-        self._deaf = False
-        for chain in queue.chains():
+        self._deaf = len(self._outbox) >= OUTBOX
+        for chain in () if self._deaf else queue.chains():
             packet, payload = parse(chain)
             self._packet(packet, payload)
             queue.push(chain, 0)
-            if len(self._outbox) >= OUTBOX:
-                self._deaf = True
+            self._deaf = len(self._outbox) >= OUTBOX
+            if self._deaf:
                 break
         queue.interrupt()
 
@@ -325,7 +334,7 @@ class Vsock(QueueDevice):
         if not offered:
             return False
         try:
-            length = os.readv(stream.fd, [view for _, _, data in offered for view in data])
+            length = os.readv(stream.fd, [view for offer in offered for view in offer.data])
         except BlockingIOError:
             queue.unpop(len(offered))
             return True
@@ -342,43 +351,37 @@ class Vsock(QueueDevice):
             self._report(stream)
         return True
 
-    def _offered(
-        self, queue: ServedQueue, credit: int
-    ) -> list[tuple[Chain, list[memoryview], list[memoryview]]]:
-        """The next chains, their parts for the header and for data: at most ``credit`` bytes."""
-        offered: list[tuple[Chain, list[memoryview], list[memoryview]]] = []
+    def _offered(self, queue: ServedQueue, credit: int) -> list[Offer]:
+        """The next chains, as many as one ``readv`` fills; at most ``credit`` bytes of room."""
+        offered: list[Offer] = []
         buffers = 0
         while credit and len(offered) < READ_CHAINS:
             chain = queue.pop() if offered else self._room(queue)
             if chain is None:
                 break
             head, data = split(chain.writable)
-            data, _ = take(data, credit)
+            room = total(data) if chain.readable else chain.size - HEADER
+            if room > credit:
+                data, room = take(data, credit)[0], credit
             buffers += len(data)
             if buffers > MAX_BUFFERS:
                 queue.unpop()
                 break
             if not data:
                 raise QueueError("a receive buffer without room for data")
-            credit -= total(data)
-            offered.append((chain, head, data))
+            credit -= room
+            offered.append(Offer(chain, head, data, room))
         return offered
 
-    def _send(
-        self,
-        stream: Stream,
-        queue: ServedQueue,
-        offered: list[tuple[Chain, list[memoryview], list[memoryview]]],
-        length: int,
-    ) -> None:
+    def _send(self, stream: Stream, queue: ServedQueue, offered: list[Offer], length: int) -> None:
         """``length`` bytes lie in the guest's buffers: put headers before them, and give them back."""
         stream.sent += length
         self.counters["bytes_out"] += length
-        for at, (chain, head, data) in enumerate(offered):
-            size = min(length, total(data))
-            if not size:
+        for at, (chain, head, _, room) in enumerate(offered):
+            if not length:
                 queue.unpop(len(offered) - at)
                 break
+            size = min(length, room)
             fill(head, header(stream, self.cid, abi.VSOCK_OP_RW, size=size))
             queue.push(chain, HEADER + size)
             length -= size

@@ -54,9 +54,13 @@ def parse(chain: Chain) -> tuple[Packet, list[memoryview]]:
 
 
 def split(buffers: list[memoryview]) -> tuple[list[memoryview], list[memoryview]]:
-    """A chain's buffers for the header, and those for data."""
-    if buffers and len(buffers[0]) == HEADER:
-        return buffers[:1], buffers[1:]
+    """A chain's buffers for the header, and those for data. Linux has a buffer for each, or one for both."""
+    if buffers:
+        first = buffers[0]
+        if len(first) == HEADER:
+            return buffers[:1], buffers[1:]
+        if len(first) > HEADER:
+            return [first[:HEADER]], [first[HEADER:], *buffers[1:]]
     head, data = take(buffers, HEADER)
     if total(head) < HEADER:
         raise QueueError(f"{total(head)} bytes where a packet's header should be")
