@@ -291,7 +291,7 @@ def test_bad_input(hostel: Hostel, files: Path, options: list[str], message: str
     assert message in first
     assert all(line.startswith(("  | ", "hostel: log: ")) for line in rest)
     runtime = Path(os.environ["XDG_RUNTIME_DIR"], "hostel")
-    assert not any(entry.is_dir() for entry in runtime.glob("*"))  # hidden: networks
+    assert not [path for path in runtime.glob("[!.]*") if path.is_dir()]  # hidden: networks
 
 
 def test_named_engine_that_cannot_work_fails_at_once(hostel: Hostel) -> None:
