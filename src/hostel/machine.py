@@ -331,10 +331,7 @@ class Machine:
         hostel's own are not known here."""
         if self._prepared is None:
             raise MachineStopped("the machine has not been started")
-        links = (attachment.link for attachment in self._prepared.attachments)
-        return tuple(
-            address.partition("/")[0] for link in links if link for address in link.addresses
-        )
+        return tuple(address for nic in self._prepared.nics() for address in nic["addresses"])
 
     @property
     def console(self) -> Console:
@@ -354,7 +351,8 @@ class Machine:
         """A snapshot: the engine's counters, and where the time of the start went (seconds)."""
         counters = {} if self._engine is None else self._engine.statistics()
         guest = {"kernel": self._hello.started, "agent": self._hello.ready} if self._hello else {}
-        return {**counters, "timings": dict(self.timings), "guest": guest}
+        nics = [] if self._prepared is None else self._prepared.nics()
+        return {**counters, "nics": nics, "timings": dict(self.timings), "guest": guest}
 
     # -- inside ----------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -68,6 +68,17 @@ class Preparation(msgspec.Struct, frozen=True):
     plan: Plan
     steps: tuple[Step, ...]
     attachments: tuple[Attachment, ...] = ()
+
+    def nics(self) -> list[dict[str, Any]]:
+        """What each NIC is, and the guest's addresses on it as far as they are known here."""
+        return [
+            {
+                **msgspec.structs.asdict(one.interface),
+                "limits": msgspec.to_builtins(one.interface.limits),
+                "addresses": [a.partition("/")[0] for a in one.link.addresses] if one.link else [],
+            }
+            for one in self.attachments
+        ]
 
 
 def prepare(

@@ -318,6 +318,8 @@ def announce(plan: Plan) -> None:
         tell(f"vsock served by {plan.vsock.plane}: {plan.vsock.reason}")
     for note in plan.notes:
         say.note(note)
+    for interface in plan.nics:
+        say.detail(f"network: {interface.summary}")
     say.detail(f"kernel {plan.kernel}")
     say.detail(f"command line: {plan.cmdline}")
 

@@ -256,7 +256,7 @@ def _dry_run(spec: MachineSpec, as_json: bool) -> int:
         click.echo(json.dumps(rows))
     else:
         for name, value in rows.items():
-            click.echo(f"{name:<9} {' '.join(value) if isinstance(value, list) else value}")
+            click.echo(f"{name:<9} {'; '.join(value) if isinstance(value, list) else value}")
     return 0
 
 
@@ -336,7 +336,8 @@ class _Run:
         if self._options.as_json:
             import json
 
-            record = {**_rows(machine.plan), "exit_code": code, "timings": timings}
+            record = {**_rows(machine.plan), "addresses": machine.addresses}
+            record |= {"exit_code": code, "timings": timings}
             terminal.write_all(terminal.STDERR, json.dumps(record).encode() + b"\n")
 
     def _command(self) -> list[str]:
@@ -403,6 +404,7 @@ def _rows(plan: Plan) -> dict[str, Any]:
         "cpus": plan.spec.cpus,
         "memory": plan.spec.memory,
         "cmdline": plan.cmdline,
+        "network": [nic.summary for nic in plan.nics] or [network.NONE],
     }
 
 

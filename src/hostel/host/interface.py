@@ -30,6 +30,11 @@ class Interface(msgspec.Struct, frozen=True):
     reason: str = ""
     """Why this plane, for a person."""
 
+    @property
+    def summary(self) -> str:
+        where = f"{self.backend} {self.target}"
+        return f"{self.model} {self.mac} on {where}, plane {self.plane} ({self.reason})"
+
 
 class GuestLink(msgspec.Struct, frozen=True):
     """What the guest sets up on the interface with this MAC: there is no DHCP on networks of ours."""
