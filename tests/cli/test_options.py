@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hostel.cli import options
-from hostel.errors import UserError
+from hostel.errors import SpecError, UserError
 from hostel.spec import Disk, Volume
 
 
@@ -32,6 +32,18 @@ def test_no_duration(text: str) -> None:
         ("a:/b:ro", Volume(source="a", target="/b", read_only=True)),
         ("/a:/b:rw", Volume(source="/a", target="/b")),
         ("/with:colon:/b", Volume(source="/with:colon", target="/b")),
+        ("/a,,b:/c,,d:ro", Volume(source="/a,b", target="/c,d", read_only=True)),
+        (
+            "/a:/b:ro,cache=always,owner=1000:100,server=python",
+            Volume(
+                source="/a",
+                target="/b",
+                read_only=True,
+                cache="always",
+                owner="1000:100",
+                server="python",
+            ),
+        ),
     ],
 )
 def test_volume(text: str, volume: Volume) -> None:
@@ -42,6 +54,18 @@ def test_volume(text: str, volume: Volume) -> None:
 def test_no_volume(text: str) -> None:
     with pytest.raises(UserError, match="not a volume"):
         options.volume(text)
+
+
+@pytest.mark.parametrize("word", ["", "cache", "cache=", "cache=maybe", "own=1:1", "ro"])
+def test_no_word_of_a_volume(word: str) -> None:
+    with pytest.raises(UserError, match="not a word of a volume"):
+        options.volume(f"/a:/b,{word}")
+
+
+@pytest.mark.parametrize("owner", ["1000", "a:b", "1:2:3", "4294967295:0"])
+def test_no_owner_of_a_volume(owner: str) -> None:
+    with pytest.raises(SpecError, match="not an owner"):
+        options.volume(f"/a:/b,owner={owner}")
 
 
 def test_disk() -> None:

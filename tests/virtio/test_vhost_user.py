@@ -1,4 +1,4 @@
-"""vhost-user: the protocol against a backend that misbehaves, and a file system by a real virtiofsd."""
+"""vhost-user: the protocol against a backend that misbehaves; a file system by virtiofsd, and by ours."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -288,7 +289,7 @@ class TestDevice:
         assert pair.backend.seen[-1] == abi.SET_VRING_ENABLE, "it runs again"
 
 
-# --- virtiofsd ---------------------------------------------------------------------------------
+# --- A file system ---------------------------------------------------------------------------------
 
 FUSE_IN = struct.Struct("<IIQQIIII")
 FUSE_OUT = struct.Struct("<IiQ")
@@ -296,20 +297,35 @@ FUSE_LOOKUP, FUSE_OPEN, FUSE_READ, FUSE_INIT = 1, 14, 15, 26
 ROOT = 1
 
 
-class Share:
-    """A directory served by virtiofsd, mounted by a driver that speaks FUSE."""
+OURS = """
+import os, socket, sys
+from hostel.virtio.backend import Backend
+from hostel.virtio.fuse import FileSystem, Session, Settings
+with socket.socket(socket.AF_UNIX) as listener:
+    listener.bind(sys.argv[1])
+    listener.listen()
+    root = os.open(sys.argv[2], os.O_PATH)
+    fs = FileSystem(root, Settings(cache="none"), memory=1 << 28, descriptors=1024)
+    Backend(listener.accept()[0], 2, Session(fs).serve).run()
+"""
 
-    def __init__(self, rig: Rig, transport: str, directory: Path) -> None:
+
+class Share:
+    """A directory served by another process, mounted by a driver that speaks FUSE."""
+
+    def __init__(self, rig: Rig, transport: str, directory: Path, *, ours: bool) -> None:
         self.source = directory / "source"
         self.source.mkdir()
         (self.source / "hello").write_text("from the host\n")
         path = directory / "fs.sock"
         # It dies with us, however we end.
-        command = ["setpriv", "--pdeathsig", "KILL", DAEMON]
-        command += [f"--socket-path={path}", "-o", f"source={self.source}"]
-        self.daemon = subprocess.Popen(
-            [*map(str, command), "-o", "sandbox=chroot"], stderr=subprocess.DEVNULL
-        )
+        command: list[object] = ["setpriv", "--pdeathsig", "KILL"]
+        if ours:
+            command += [sys.executable, "-c", OURS, path, self.source]
+        else:
+            command += [DAEMON, f"--socket-path={path}", "-o", f"source={self.source}"]
+            command += ["-o", "sandbox=chroot"]
+        self.daemon = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
         assert eventually(path.exists)
         self.device = VirtioFs(rig.loop, "root", str(path))
         self.driver: Driver = rig.seat(transport, self.device)
@@ -341,14 +357,15 @@ class Share:
         return self.fuse(FUSE_READ, node, struct.pack("<QQIIQII", handle, 0, 4096, 0, 0, 0, 0))
 
 
-@pytest.fixture(params=["pci", "mmio"])
+@pytest.fixture(params=["pci", "mmio", "pci ours"])
 def share(request: pytest.FixtureRequest, rig: Rig, tmp_path: Path) -> Iterator[Share]:
-    if not DAEMON.exists():
+    transport, _, ours = request.param.partition(" ")
+    if not ours and not DAEMON.exists():
         pytest.skip(f"{DAEMON} is not installed (Debian: qemu-system-common)")
-    if os.geteuid():
+    if not ours and os.geteuid():
         pytest.skip("sandbox=chroot needs root")
     shutil.rmtree(tmp_path / "source", ignore_errors=True)
-    share = Share(rig, request.param, tmp_path)
+    share = Share(rig, transport, tmp_path, ours=bool(ours))
     yield share
     share.close()
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
 from hostel.errors import UserError
-from hostel.spec import Disk, Limits, Rate, Volume, parse_size
+from hostel.spec import Cache, Disk, FileServer, Limits, Rate, Volume, parse_size
 
 from .say import say
 
@@ -26,6 +26,10 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _CPU = re.compile(r"[0-9]{1,4}")
 _HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?")
+
+
+_VOLUME_WORDS = {"cache": get_args(Cache), "server": get_args(FileServer)}
+_VOLUME_NAMES = ("owner", *_VOLUME_WORDS)
 
 
 class Option(click.Option):
@@ -172,15 +176,26 @@ def _limits(rates: dict[str, int]) -> Limits:
 
 
 def volume(text: str) -> Volume:
-    """``HOST:GUEST`` or ``HOST:GUEST:ro``."""
-    pair, read_only = _suffix(text)
+    """``HOST:GUEST[:ro][,NAME=VALUE…]``; in a path, ``,,`` stands for a comma."""
+    paths, *words = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
+    pair, read_only = _suffix(paths)
     source, colon, target = pair.rpartition(":")
     if not (source and colon and target.startswith("/")):
         raise UserError(
             f"not a volume: {text!r}",
             cure="write HOST:GUEST or HOST:GUEST:ro, with an absolute path in the guest",
         )
-    return Volume(source=source, target=target, read_only=read_only)
+    fields: dict[str, Any] = dict(map(_volume_word, words))
+    return Volume(source=source, target=target, read_only=read_only, **fields)
+
+
+def _volume_word(word: str) -> tuple[str, str]:
+    name, _, value = word.partition("=")
+    if not value or value not in _VOLUME_WORDS.get(name, (value,)) or name not in _VOLUME_NAMES:
+        known = [f"{name}={'|'.join(values)}" for name, values in _VOLUME_WORDS.items()]
+        cure = f"one of owner=UID:GID, {', '.join(known)}; a comma in a path is written ,,"
+        raise UserError(f"not a word of a volume: {word!r}", cure=cure)
+    return name, value
 
 
 def _suffix(text: str) -> tuple[str, bool]:

@@ -157,8 +157,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     "volumes",
     type=opt.volume,
     multiple=True,
-    metavar="HOST:GUEST[:ro]",
-    help="A file or directory of the host, shared.",
+    metavar="HOST:GUEST[:ro][,…]",
+    help="A file or directory of the host, shared. More words: cache=, owner=UID:GID, server= "
+    "(docs/files.md).",
 )
 @option("Files", "--tmpfs", multiple=True, metavar="DIR", help="An empty file system in memory.")
 @option("Files", "--read-only", is_flag=True, help="The root cannot be written.")
