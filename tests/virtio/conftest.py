@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from virtio.rig import Rig
+from virtio.wire import StreamNics
 
 
 @pytest.fixture
@@ -26,3 +27,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting needs root")
     yield mount
     subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+@pytest.fixture
+def stream_nic(rig: Rig) -> Iterator[StreamNics]:
+    nics = StreamNics(rig)
+    yield nics
+    nics.close()

@@ -62,7 +62,7 @@ class Control:
 
     def _but(self, filter: Filter | None = None, **changes: Any) -> Control:
         other = Control.__new__(Control)
-        other.__dict__.update(self.__dict__, acknowledged=False, **changes)
+        other.__dict__.update({**self.__dict__, "acknowledged": False, **changes})
         if filter is not None:
             other.filter = filter
         return other
