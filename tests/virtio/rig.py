@@ -195,6 +195,7 @@ class Driver:
         size: int = 16,
         heap: int = 1 << 20,
         indexes: tuple[int, ...] | None = None,
+        base: int = 1 << 20,
     ) -> None:
         """§3.1.1 from reset to DRIVER_OK; ``features`` besides ALWAYS."""
         self.negotiate(features)
@@ -203,7 +204,7 @@ class Driver:
         for index in indexes:
             queue = DriverQueue(
                 self.rig.memory,
-                (1 + 2 * index) << 20,
+                base + (index << 21),
                 min(size, self.device.queue_sizes[index]),
                 heap=heap,
                 event_index=bool(features & EVENT_INDEX),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,9 +14,9 @@ from hostel.errors import QueueError
 from hostel.memory import GuestMemory
 from hostel.virtio.mock import DriverQueue
 from hostel.virtio.queue import Fault, Queue, VirtqueueError, take, total
+from virtio.malice import HEAP, INDIRECT, NEXT, OUTSIDE, RINGS, WRITE, indirect
 
 BASE = 0x1000
-NEXT, WRITE, INDIRECT = abi.DESC_F_NEXT, abi.DESC_F_WRITE, abi.DESC_F_INDIRECT
 
 
 @pytest.fixture(scope="module")
@@ -108,70 +108,9 @@ def test_position_goes_on_in_another_queue(memory: GuestMemory) -> None:
 # --- Hostile drivers ---------------------------------------------------------------------------
 
 
-def _chain_of(*entries: tuple[int, int, int, int]) -> Callable[[DriverQueue], None]:
-    def play(driver: DriverQueue) -> None:
-        for index, entry in enumerate(entries):
-            driver.set_descriptor(index, *entry)
-        driver.offer(0)
-
-    return play
-
-
-def _indirect(*entries: tuple[int, int, int, int], flags: int = 0) -> Callable[[DriverQueue], None]:
-    def play(driver: DriverQueue) -> None:
-        table = b"".join(abi.DESC.pack(*entry) for entry in entries)
-        driver.memory.write(driver.heap, table)
-        driver.set_descriptor(0, driver.heap, len(table), INDIRECT | flags)
-        driver.offer(0)
-
-    return play
-
-
-def _index_jump(driver: DriverQueue) -> None:
-    driver.set_available_index(driver.size + 1)
-
-
-def _many(count: int) -> Callable[[DriverQueue], None]:
-    entries = [(BASE, 1, NEXT, at + 1) for at in range(count - 1)]
-    return _indirect(*entries, (BASE, 1, 0, 0))
-
-
-OUTSIDE = 1 << 40
-HOSTILE: dict[str, tuple[Fault, Callable[[DriverQueue], None]]] = {
-    "head out of range": (Fault.HEAD_OUT_OF_RANGE, lambda driver: driver.offer(16)),
-    "index jump": (Fault.INDEX_JUMP, _index_jump),
-    "next out of range": (Fault.NEXT_OUT_OF_RANGE, _chain_of((BASE, 1, NEXT, 16))),
-    "points to itself": (Fault.LOOP, _chain_of((BASE, 1, NEXT, 0))),
-    "loop of two": (Fault.LOOP, _chain_of((BASE, 1, NEXT, 1), (BASE, 1, NEXT, 0))),
-    "zero length": (Fault.ZERO_LENGTH, _chain_of((BASE, 0, 0, 0))),
-    "buffer outside": (Fault.BUFFER_OUTSIDE, _chain_of((OUTSIDE, 1, 0, 0))),
-    "buffer over the end": (Fault.BUFFER_OUTSIDE, _chain_of(((4 << 20) - 1, 2, WRITE, 0))),
-    "address wraps": (Fault.BUFFER_OUTSIDE, _chain_of((2**64 - 1, 2, 0, 0))),
-    "readable after writable": (
-        Fault.READABLE_AFTER_WRITABLE,
-        _chain_of((BASE, 1, WRITE | NEXT, 1), (BASE, 1, 0, 0)),
-    ),
-    "indirect with next": (Fault.INDIRECT_WITH_NEXT, _indirect((BASE, 1, 0, 0), flags=NEXT)),
-    "indirect in indirect": (Fault.INDIRECT_IN_INDIRECT, _indirect((BASE, 16, INDIRECT, 0))),
-    "indirect, odd length": (Fault.INDIRECT_LENGTH, _chain_of((BASE, 17, INDIRECT, 0))),
-    "indirect, empty": (Fault.INDIRECT_LENGTH, _chain_of((BASE, 0, INDIRECT, 0))),
-    "indirect, huge": (Fault.INDIRECT_TOO_LONG, _chain_of((BASE, 16 * 1025, INDIRECT, 0))),
-    "indirect outside": (Fault.INDIRECT_OUTSIDE, _chain_of((OUTSIDE, 16, INDIRECT, 0))),
-    "indirect, next outside its table": (
-        Fault.NEXT_OUT_OF_RANGE,
-        _indirect((BASE, 1, NEXT, 1)),
-    ),
-    "indirect, loop": (Fault.LOOP, _indirect((BASE, 1, NEXT, 1), (BASE, 1, NEXT, 0))),
-    "too many bytes": (
-        Fault.TOO_MANY_BYTES,
-        _indirect(*[(0, 4 << 20, NEXT, at + 1) for at in range(1023)], (0, 4 << 20, 0, 0)),
-    ),
-}
-
-
-@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("case", RINGS)
 def test_a_hostile_chain_is_named(memory: GuestMemory, case: str) -> None:
-    fault, play = HOSTILE[case]
+    fault, play = RINGS[case]
     driver, queue = pair(memory)
     play(driver)
     with pytest.raises(VirtqueueError) as caught:
@@ -183,7 +122,7 @@ def test_a_hostile_chain_is_named(memory: GuestMemory, case: str) -> None:
 def test_too_many_buffers(memory: GuestMemory) -> None:
     """A full indirect table after direct descriptors is longer than one preadv takes."""
     driver, queue = pair(memory)
-    _many(1024)(driver)
+    indirect(*[(HEAP, 1, NEXT, at + 1) for at in range(1023)], (HEAP, 1, 0, 0))(driver)
     driver.set_descriptor(1, BASE, 1, NEXT, 0)
     driver.offer(1)
     assert queue.pop() is not None
@@ -230,7 +169,7 @@ def test_a_bad_ring_is_named(memory: GuestMemory, change: dict[str, int], fault:
 
 def test_every_fault_has_a_case() -> None:
     """The table above is complete."""
-    seen = {fault for fault, _ in HOSTILE.values()} | {
+    seen = {fault for fault, _ in RINGS.values()} | {
         Fault.TOO_LONG,
         Fault.INDIRECT_NOT_NEGOTIATED,
         Fault.SIZE_ZERO,

@@ -1,0 +1,208 @@
+"""Every device under every malicious case, on both transports: the device may stop, and nothing else may.
+
+After each case: the event loop turns; no other device noticed; guest memory that was not offered and files
+that were not given are as they were; and after a reset the device works.
+
+The cases are in ``malice.py`` (rings, registers) and ``subjects.py`` (devices, and the contents of requests).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from hostel.errors import GuestError
+from hostel.memory import GuestMemory
+from hostel.virtio.mock import DriverQueue
+from hostel.virtio.rng import Rng
+from virtio.malice import REGISTERS, RINGS, kick_all
+from virtio.rig import Driver, Rig, eventually
+from virtio.subjects import BOUND, SUBJECTS, Subject
+
+SIZE, LOW, HIGH = 32 << 20, 28 << 20, 1 << 32
+GUARDS = ((0, 1 << 20), (26 << 20, 2 << 20), (HIGH, SIZE - LOW))
+"""Memory that no driver offers to anybody."""
+BYSTANDER = 24 << 20
+TRANSPORTS = ["pci", "mmio"]
+
+
+class Table:
+    """One subject in a machine with a bystander."""
+
+    def __init__(self, subject: Subject, transport: str, folder: Path) -> None:
+        self.subject = subject
+        self.folder = folder
+        self.rig = Rig(GuestMemory(SIZE, low_end=LOW, high_start=HIGH))
+        self.stack = ExitStack()
+        inside = folder / "given"
+        inside.mkdir()
+        (folder / "not given").write_bytes(b"as it was")
+        made = subject.make(self.rig, inside, self.stack)
+        self.works = made.works
+        self.driver = self.rig.seat(transport, made.device)
+        self.bystander = self.rig.seat(transport, Rng(self.rig.loop, name="bystander"))
+        self.bystander.start(size=16, heap=1 << 16, base=BYSTANDER)
+        for start, size in GUARDS:
+            self.rig.memory.write(start, b"\xa5" * size)
+
+    def start(self) -> None:
+        self.driver.start(self.subject.features, heap=1 << 20)
+
+    def another_answers(self) -> float:
+        """How long it took."""
+        begun = time.monotonic()
+        assert self.bystander.request(0, [], [32]).written == 32
+        return time.monotonic() - begun
+
+    def check(self) -> None:
+        """Nothing happened but to the subject, and it can be had again."""
+        self.rig.loop.run_sync(lambda: None)
+        assert not self.rig.errors
+        assert self.another_answers() < BOUND
+        assert isinstance(self.driver.device.fault, GuestError | None), "the guest's own fault"
+        self.start()
+        assert not self.driver.needs_reset
+        self.works(self.driver)
+        for start, size in GUARDS:
+            assert self.rig.memory.view(start, size) == b"\xa5" * size
+        assert sorted(os.listdir(self.folder)) == ["given", "not given"]
+        assert (self.folder / "not given").read_bytes() == b"as it was"
+
+    def close(self) -> None:
+        self.rig.close()
+        self.stack.close()
+
+
+@pytest.fixture(params=SUBJECTS, ids=lambda subject: str(subject.name))
+def subject(request: pytest.FixtureRequest) -> Subject:
+    found: Subject = request.param
+    return found
+
+
+@pytest.fixture(params=TRANSPORTS)
+def table(subject: Subject, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Table]:
+    table = Table(subject, request.param, tmp_path)
+    yield table
+    table.close()
+
+
+@pytest.mark.parametrize("case", RINGS)
+def test_rings(table: Table, case: str) -> None:
+    fault, play = RINGS[case]
+    for index in table.subject.hot:
+        table.start()
+        play(table.driver.queues[index])
+        table.driver.kick(index)
+        assert eventually(lambda: table.driver.needs_reset), f"queue {index}"
+        assert str(table.driver.device.fault).startswith(fault), f"queue {index}"
+    table.check()
+
+
+def test_rings_of_every_queue(table: Table) -> None:
+    """Also of those that wait for the host: the device may stop, or never look."""
+    for _, play in RINGS.values():
+        table.start()
+        for queue in table.driver.queues.values():
+            play(queue)
+        kick_all(table.driver)
+        table.check()
+
+
+@pytest.mark.parametrize("case", REGISTERS)
+def test_registers(table: Table, case: str) -> None:
+    REGISTERS[case](table.driver)
+    table.check()
+
+
+def test_lies(table: Table) -> None:
+    """Chains as they should be, with contents that are not."""
+    for name, (index, readable, writable) in table.subject.lies.items():
+        table.start()
+        table.driver.queues[index].add(readable, writable)
+        table.driver.kick(index)
+        try:
+            table.check()
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+def test_buffers_that_are_the_rings(table: Table) -> None:
+    """The device is told to write into its own rings, and to read what it writes."""
+    for index in table.subject.hot:
+        table.start()
+        queue = table.driver.queues[index]
+        length = queue.heap - queue.desc
+        queue.set_descriptor(0, queue.desc, length, 1, 1)
+        queue.set_descriptor(1, queue.desc, length, 2)
+        for _ in range(queue.size):
+            queue.offer(0)
+        table.driver.kick(index)
+        table.check()
+
+
+class Storm:
+    """Endless requests, all of one chain, with a notification for each look at the ring."""
+
+    def __init__(self, driver: Driver, subject: Subject) -> None:
+        self._stopping = False
+        self._queues = [
+            (driver, index, driver.queues[index], _one_chain(driver.queues[index], *request))
+            for index, request in subject.hot.items()
+        ]
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Storm:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping = True
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopping:
+            for driver, index, queue, _ in self._queues:
+                used = queue.memory.read_u16(queue.used + 2)
+                queue.set_available_index(used + queue.size)
+                driver.kick(index)
+
+
+def _one_chain(queue: DriverQueue, readable: list[bytes], writable: list[int]) -> int:
+    """Every slot of the ring names the same chain."""
+    head = queue.add(readable, writable)
+    for slot in range(queue.size):
+        queue.memory.write_u16(queue.avail + 4 + 2 * slot, head)
+    return head
+
+
+def test_a_storm_starves_nobody(table: Table) -> None:
+    table.start()
+    with Storm(table.driver, table.subject):
+        slowest = max(table.another_answers() for _ in range(10))
+    assert slowest < BOUND
+    assert not table.driver.needs_reset, table.driver.device.fault
+    table.check()
+
+
+def test_a_reset_in_a_storm_is_the_end_of_it(table: Table) -> None:
+    """When the reset has been read back, nobody touches the guest's memory for this device."""
+    for _ in range(5):
+        table.start()
+        with Storm(table.driver, table.subject):
+            time.sleep(0.01)
+            table.driver.set_status(0)
+        assert table.driver.get_status() == 0
+        areas = [(queue.desc, queue.end - queue.desc) for queue in table.driver.queues.values()]
+        for start, size in areas:
+            table.rig.memory.write(start, b"\x5a" * size)
+        time.sleep(0.01)
+        kick_all(table.driver)
+        for start, size in areas:
+            assert table.rig.memory.view(start, size) == b"\x5a" * size
+    table.check()
