@@ -101,6 +101,8 @@ class QueueDevice(VirtioDevice):
         self.driver_features = 0
         self.queues: dict[int, ServedQueue] = {}
         self._positions: dict[int, tuple[int, int]] = {}
+        self._started = False
+        """Also without any queue: a driver need not enable one."""
 
     # -- for a device to fill in ----------------------------------------------------------------
 
@@ -128,6 +130,7 @@ class QueueDevice(VirtioDevice):
             for served in self.queues.values():
                 self.loop.add(served.kick, partial(self._kicked, served))
             self._positions = {}
+            self._started = True
             self.started()
             for served in self.queues.values():
                 served.kick_self()  # what was offered before we listened
@@ -183,7 +186,8 @@ class QueueDevice(VirtioDevice):
                 self.guarded(partial(self.serve, served))
 
     def _stop(self) -> None:
-        if self.queues:
+        if self._started:
+            self._started = False
             self.stopping()
         for served in self.queues.values():
             self.loop.remove(served.kick)
