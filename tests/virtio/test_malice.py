@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -57,8 +57,8 @@ class Table:
         for start, size in GUARDS:
             self.rig.memory.write(start, b"\xa5" * size)
 
-    def start(self) -> None:
-        self.driver.start(self.subject.features, heap=1 << 20)
+    def start(self, size: int = 16) -> None:
+        self.driver.start(self.subject.features, size=size, heap=1 << 20)
 
     def another_answers(self) -> float:
         """How long it took."""
@@ -153,7 +153,7 @@ def test_buffers_that_are_the_rings(table: Table) -> None:
 
 
 class Storm:
-    """``storm.py`` on all hot queues: each slot of a ring names the same chain, and the ring is always full."""
+    """``storm.py`` on all hot queues: each slot of a ring names one chain, and the ring is always full."""
 
     def __init__(self, driver: Driver, subject: Subject) -> None:
         memory = driver.rig.memory
@@ -184,7 +184,7 @@ class Storm:
 
 
 def test_a_storm_starves_nobody(table: Table) -> None:
-    table.start()
+    table.start(256)
     with Storm(table.driver, table.subject):
         until = time.monotonic() + 0.2
         slowest = 0.0
@@ -198,7 +198,7 @@ def test_a_storm_starves_nobody(table: Table) -> None:
 def test_a_reset_in_a_storm_is_the_end_of_it(table: Table) -> None:
     """When the reset has been read back, nobody touches the guest's memory for this device."""
     for _ in range(2):
-        table.start()
+        table.start(256)
         with Storm(table.driver, table.subject):
             time.sleep(0.01)
             table.driver.set_status(0)
