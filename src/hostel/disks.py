@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import cache
 from .errors import SpecError
 from .plan import Drive, Engine, Plan
 
@@ -71,16 +72,14 @@ def resize(
 def full(plan: Plan) -> list[str]:
     """A line for each disk whose file system on the host is full: the guest had I/O errors."""
     return [
-        f"the host's disk under {where} is full: the guest's writes to disk {index} failed"
+        f"the file system of {_shown(drive)} is full: writes of the guest to disk {index} may have failed"
         for index, drive in enumerate(plan.disks)
-        if (where := _written(drive)) and _room(where) < FULL
+        if not drive.disk.read_only and _room(drive.overlay or Path(drive.disk.path)) < FULL
     ]
 
 
-def _written(drive: Drive) -> Path | None:
-    if drive.disk.read_only:
-        return None
-    return drive.overlay or Path(drive.disk.path)
+def _shown(drive: Drive) -> Path:
+    return Path(drive.disk.path) if drive.overlay is None else cache.directory("overlays")
 
 
 def _room(path: Path) -> int:

@@ -273,6 +273,7 @@ class _Run:
         self._cwd = self._directory()
 
     def run(self) -> int:
+        from hostel import disks
         from hostel.machine import Machine
 
         from .signals import Signals
@@ -283,6 +284,8 @@ class _Run:
             self._boot(machine)
             status, seconds = self._execute(machine, signals)
             signals.ending()
+            for line in disks.full(machine.plan):
+                say.note(line)
         if status.error:
             say.fail(status.error)
         self._report(machine, status.returncode, seconds)

@@ -165,7 +165,7 @@ def _program(name: str, program: str, package: str, cost: str) -> Finding:
 
 
 def _storage_daemon() -> Finding:
-    cost = "raw disk images only, no qcow2"
+    cost = "engine kvm takes raw disk images only, and makes no overlays"
     return _program("storage daemon", "qemu-storage-daemon", "qemu-system-common", cost)
 
 
