@@ -251,26 +251,6 @@ def test_the_event_loop_does_not_wait_for_the_disk(
     assert disk.driver.get_status() == 0
 
 
-def test_without_flush_every_write_is_through(
-    rig: Rig, image: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    through: list[bool] = []
-    write = DiskFile.write
-
-    def spy(self: DiskFile, buffers: list[memoryview], offset: int, **keywords: bool) -> None:
-        through.append(keywords["through"])
-        write(self, buffers, offset, **keywords)
-
-    monkeypatch.setattr(DiskFile, "write", spy)
-    for features in (0, FLUSH):
-        with_lock = Block(rig.loop, str(image), name=f"f{features}")
-        disk = disk_on(rig, with_lock, features=features)
-        assert disk.write(0, bytes(512)) == OK
-        disk.driver.set_status(0)
-        with_lock.close()
-    assert through == [True, False]
-
-
 def test_a_full_host_is_an_io_error(rig: Rig, small_disk: Path) -> None:
     """A sparse image larger than its file system: the guest gets an error, the machine lives."""
     image = small_disk / "sparse"

@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 
 from host.image_tools import create, needs_qemu_img, qemu_img
+from hostel.abi import io_uring as abi_uring
 from hostel.abi import virtio as abi
 from hostel.errors import ImageError, SpecError
 from hostel.spec import CacheMode, Limits, Rate
 from hostel.virtio import blk_file
 from hostel.virtio.blk_file import DiskFile
 from hostel.virtio.block import Block
+from hostel.virtio.uring import Uring
 from virtio.block_driver import FLUSH, IOERR, OK, Disk, disk_on
 from virtio.rig import EVENT_INDEX, Rig, eventually
 
@@ -104,15 +106,46 @@ def test_unsafe_does_not_flush(rig: Rig, image: Path, monkeypatch: pytest.Monkey
 
 
 def through(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What the device finds of each write, however it is then done."""
     seen: list[bool] = []
-    write = DiskFile.write
+    is_through = Block._is_through
 
-    def spy(self: DiskFile, buffers: list[memoryview], offset: int, *, through: bool) -> None:
-        seen.append(through)
-        write(self, buffers, offset, through=through)
+    def spy(self: Block) -> bool:
+        seen.append(is_through(self))
+        return seen[-1]
 
-    monkeypatch.setattr(DiskFile, "write", spy)
+    monkeypatch.setattr(Block, "_is_through", spy)
     return seen
+
+
+@pytest.mark.parametrize("io_uring", [True, False])
+def test_a_write_through_is_dsync(
+    rig: Rig, image: Path, monkeypatch: pytest.MonkeyPatch, io_uring: bool
+) -> None:
+    """By both ways a write can go."""
+    flags: list[int] = []
+    put, pwritev = Uring.put, os.pwritev
+
+    def spy_put(self: Uring, *arguments: Any, **keywords: Any) -> None:
+        flags.append(keywords["flags"])
+        put(self, *arguments, **keywords)
+
+    def spy_pwritev(fd: int, buffers: list[memoryview], offset: int, flag: int) -> int:
+        flags.append(flag)
+        return pwritev(fd, buffers, offset, flag)
+
+    monkeypatch.setattr(Uring, "put", spy_put)
+    monkeypatch.setattr(os, "pwritev", spy_pwritev)
+    if not io_uring:
+        monkeypatch.setattr(abi_uring, "SYS_SETUP", 9999)
+    disk = opened(rig, image, FLUSH | WCE, cache="writethrough")
+    block = disk.driver.device
+    assert isinstance(block, Block)
+    if io_uring and block._uring is None:
+        pytest.skip("no io_uring here")
+    assert disk.write(3, bytes(1024)) == OK
+    assert flags == [os.RWF_DSYNC]
+    assert image.read_bytes()[1536:2560] == bytes(1024)
 
 
 @pytest.mark.parametrize(

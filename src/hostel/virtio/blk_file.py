@@ -111,6 +111,11 @@ class DiskFile:
     def _measure(self) -> int:
         return os.lseek(self.fd, 0, os.SEEK_END) // SECTOR * SECTOR
 
+    @property
+    def data_fd(self) -> int:
+        """For reads and writes of whole blocks, from aligned buffers."""
+        return self.fd if self._direct < 0 else self._direct
+
     def refresh(self) -> None:
         """Look at the size again."""
         self.size = self._measure()

@@ -2,12 +2,13 @@
 
 ::
 
-    kick ─► the disk's own thread: pop, take apart ─┬─ in the page cache: preadv, pwritev, push ──► interrupt
-                                                    └─ else ─► workers: preadv, fdatasync … push ─► interrupt
+    kick ─► the disk's own thread: pop, take apart ─┬─ in the page cache: preadv, pwritev ─► push, interrupt
+                                                    ├─ reads, writes ─► io_uring ─► push, interrupt
+                                                    └─ flush, discard … ─► workers ─► push, interrupt
 
 Guest data is never copied here: the kernel moves it between the file and guest memory. A disk has a
-thread of its own, so that what it does at once, which may be long copies, holds up nothing but itself;
-up to ``workers`` requests that wait for the medium are in flight beside it. Queues take turns
+thread of its own, so that what it does at once holds up nothing but itself. Workers also do what
+io_uring did not do at the first go, and everything where the host has none. Queues take turns
 (``plane.BATCH``).
 
 A disk with rates stops taking requests while it is in debt (``limit.py``); a timer kicks it then.
@@ -15,6 +16,8 @@ A disk with rates stops taking requests while it is in debt (``limit.py``); a ti
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections.abc import Sequence
 from functools import partial
@@ -38,15 +41,17 @@ from .blk_request import (
     status_of,
 )
 from .limit import Limiter
-from .plane import QueueDevice, ServedQueue
+from .plane import BATCH, QueueDevice, ServedQueue
+from .queue import MAX_BUFFERS
+from .uring import Uring
 
 QUEUE_SIZE = 256
 SEGMENTS = QUEUE_SIZE - 2
 """A header and a status go with them."""
 SEGMENT_SIZE = 4 << 20
 AT_ONCE = 64 << 10
-"""Bytes that are copied where they were asked for; more is spread over the workers, and so over pCPUs."""
-WORKERS = 8
+"""Bytes that are copied where they were asked for; more is spread over threads, and so over pCPUs."""
+WORKERS = 4
 
 
 class Block(QueueDevice):
@@ -81,6 +86,10 @@ class Block(QueueDevice):
         self._jobs: SimpleQueue[Request | None] = SimpleQueue()
         self._workers = workers
         self._threads: list[threading.Thread] = []
+        self._uring: Uring | None = None
+        self._under_way: dict[int, tuple[Request, int]] = {}
+        """What io_uring has, by token: the request and its size."""
+        self._token = 0
         self._in_flight = 0
         self._draining = False
         self._idle = threading.Condition(self.lock)
@@ -137,10 +146,12 @@ class Block(QueueDevice):
             request.through = self._is_through()
             if not self._answer_at_once(request, size):
                 self._in_flight += 1
-                self._jobs.put(request)
+                if not self._put(request, size):
+                    self._jobs.put(request)
             if wait := self._limiter.take(size):
                 self.loop.call_later(wait, self._resume)
                 break
+        self._submit()
         queue.interrupt()
 
     def _is_through(self) -> bool:
@@ -164,6 +175,57 @@ class Block(QueueDevice):
         request.finish(*self._answer(request))
         return True
 
+    # -- io_uring -----------------------------------------------------------------------------
+
+    def _put(self, request: Request, size: int) -> bool:
+        """Whether io_uring takes it. What it may not do well, the workers do: they know every error."""
+        uring, disk = self._uring, self.disk
+        if uring is None or not size or not is_on_disk(disk, request.sector, size):
+            return False
+        write = request.kind == abi.BLK_T_OUT
+        if (write and disk.read_only) or len(self._under_way) >= uring.capacity:
+            return False
+        if disk.is_cached and size > AT_ONCE and not request.through:
+            return False
+        self._token += 1
+        self._under_way[self._token] = request, size
+        uring.put(
+            write,
+            disk.data_fd,
+            request.sector * SECTOR,
+            request.out if write else request.into,
+            flags=os.RWF_DSYNC if request.through and write else 0,
+            token=self._token,
+        )
+        return True
+
+    def _submit(self) -> None:
+        if self._uring is not None:
+            for _ in range(self._uring.submit()):
+                self._jobs.put(self._under_way.popitem()[1][0])
+
+    def _reap(self) -> None:
+        """Some of it is done. On the disk's thread."""
+        with self.lock:
+            assert self._uring is not None
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._uring.eventfd)
+            for token, result in self._uring.reap():
+                request, size = self._under_way.pop(token)
+                if result != size:  # cut short, misaligned, an error: once more, with care
+                    self._jobs.put(request)
+                    continue
+                request.finish(abi.BLK_S_OK, size if request.kind == abi.BLK_T_IN else 0)
+                self._in_flight -= 1
+            for queue in self.queues.values():
+                queue.interrupt()
+            self._idle.notify_all()
+
+    def _open_uring(self) -> None:
+        with contextlib.suppress(OSError):  # none here
+            self._uring = Uring(4 * BATCH, BATCH * MAX_BUFFERS)
+            self.loop.add(self._uring.eventfd, self._reap)
+
     def _resume(self) -> None:
         """The debt is paid."""
         with self.lock:
@@ -171,6 +233,8 @@ class Block(QueueDevice):
                 queue.kick_self()
 
     def started(self) -> None:
+        if self._uring is None:
+            self._open_uring()
         while len(self._threads) < self._workers:
             name = f"hostel-{self.name}-{len(self._threads)}"
             thread = threading.Thread(target=self._work, name=name, daemon=True)
@@ -206,6 +270,9 @@ class Block(QueueDevice):
         for thread in self._threads:
             thread.join()
         self._threads = []
+        if self._uring is not None:
+            self._uring.close()
+            self._uring = None
         self.disk.close()
 
     def statistics(self) -> dict[str, Any]:
