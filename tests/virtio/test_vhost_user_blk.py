@@ -43,6 +43,7 @@ def served(
     daemon = Daemon(disk, folder / "disk0.sock", overlay.path if overlay else None)
     try:
         daemon.wait_up()
+        assert len(VhostUserBlk.config) >= AT["write_zeroes_may_unmap"], "what Linux reads at once"
         device = VhostUserBlk(
             rig.loop,
             daemon.socket,

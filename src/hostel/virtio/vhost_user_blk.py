@@ -7,15 +7,21 @@ the image was resized: daemons before QEMU 8 neither say so nor show it, though 
 from __future__ import annotations
 
 import os
+import time
 
 from hostel.abi import virtio as abi
 from hostel.errors import HelperError
+from hostel.memory import GuestMemory
 from hostel.vmm.loop import EventLoop
 
+from .device import QueueWiring
 from .vhost_user import VhostUserDevice, connect
 
 QUEUE_SIZE = 128
 """As QEMU has it beside a backend whose requests have up to 126 segments."""
+DRAIN_SECONDS = 1.0
+"""A guest may offer what is never answered, and then reset: it waits so long for nothing."""
+DRAIN_STEP = 0.001
 CONFIG_BYTES = abi.BLK_CONFIG.offsets["max_secure_erase_sectors"]
 """What every backend has of it; the rest is younger than most of them."""
 _CAPACITY_BYTES = 8
@@ -38,6 +44,9 @@ class VhostUserBlk(VhostUserDevice):
     """``path`` is a socket that listens already; the daemon may come to it later."""
 
     device_id = abi.ID_BLOCK
+    config = bytes(
+        CONFIG_BYTES
+    )  # the transport announces its length before anybody asks the backend
 
     def __init__(
         self,
@@ -77,6 +86,17 @@ class VhostUserBlk(VhostUserDevice):
                 except HelperError as error:
                     self.fail(error)
 
+    def _stop_rings(self) -> list[tuple[int, int]]:
+        """A daemon of QEMU 7.2 that is told to stop with requests under way finishes them into a ring that
+        it has let go, and may die of it. So it first gets time to finish what was offered."""
+        deadline = time.monotonic() + DRAIN_SECONDS
+        if self._alive and (memory := self._memory) is not None:
+            for wiring in self._wirings:
+                offered = memory.read_u16(wiring.avail + 2)
+                while time.monotonic() < deadline and _behind(memory, wiring, offered):
+                    time.sleep(DRAIN_STEP)
+        return super()._stop_rings()
+
     def resize(self, size: int) -> None:
         """The image has ``size`` bytes now: tell the guest."""
         with self._lock:
@@ -89,3 +109,8 @@ class VhostUserBlk(VhostUserDevice):
         if len(config) != CONFIG_BYTES:
             raise HelperError(f"{self.name}: the backend has {len(config)} bytes of config space")
         self.config = (self._capacity or config[:_CAPACITY_BYTES]) + config[_CAPACITY_BYTES:]
+
+
+def _behind(memory: GuestMemory, wiring: QueueWiring, offered: int) -> bool:
+    """Whether the used ring has not come as far as the available one was."""
+    return 0 < (offered - memory.read_u16(wiring.used + 2)) & 0xFFFF <= wiring.size
