@@ -235,6 +235,32 @@ def _tun() -> Finding:
     return _device("tun", "/dev/net/tun", "no tap devices: networks through passt only", "tun")
 
 
+def _bridge() -> Finding:
+    cost = "no networks of hostel's own (nat, isolated): networks through passt only"
+    argv = ("ip", "link", "add", "try0", "type", "bridge")
+    return _tried("bridge", argv, "iproute2", cost, "modprobe bridge")
+
+
+def _nft() -> Finding:
+    cost = "no networks of hostel's own, no published ports, no allow-lists: passt only"
+    argv = ("nft", "add table inet try; add chain inet try c { type nat hook output priority 0; }")
+    return _tried("nftables", argv, "nftables", cost, "modprobe nf_tables nft_chain_nat")
+
+
+def _tried(name: str, argv: tuple[str, ...], package: str, cost: str, module: str) -> Finding:
+    """A program that changes a network, run in a network namespace of its own."""
+    path = _which(argv[0])
+    if path is None:
+        return Finding(name, "missing", f"no {argv[0]}", cost, _install(package))
+    user = () if os.geteuid() == 0 else ("--user", "--map-root-user")
+    code, text = _run("unshare", "--net", *user, path, *argv[1:])
+    if code and user:
+        return Finding(name, "limited", f"{path}, untried: {text}", cost, "run this as root")
+    if code:
+        return Finding(name, "limited", text, cost, _root(module))
+    return Finding(name, "ok", path)
+
+
 def _vfio() -> Finding:
     return _device("VFIO", "/dev/vfio/vfio", "no passthrough of host devices", "vfio-pci")
 
@@ -390,6 +416,8 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     _vhost_net,
     _vhost_vsock,
     _tun,
+    _bridge,
+    _nft,
     _vfio,
     _iommu,
     _hugepages,
