@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 from collections.abc import Iterator
@@ -13,9 +14,13 @@ from hostel.errors import HostError, QueueError
 from hostel.virtio import vsock_vhost
 from hostel.virtio.vsock_vhost import EVENT, RX, TX, VhostVsock, claim
 from virtio.rig import EVENT_INDEX, Rig, eventually
-from virtio.vsock_guest import BOTH, CID, GUEST_PORT, PORT, Guest
+from virtio.vsock_guest import BOTH, CID, PORT, Guest
 
 pytestmark = pytest.mark.linux_kvm
+
+
+FRESH = itertools.count(20_000)
+"""The kernel remembers a connection for some seconds after a guest that never said goodbye to it."""
 
 
 class KernelGuest(Guest):
@@ -45,11 +50,11 @@ def door() -> Iterator[socket.socket]:
 
 def test_the_guest_connects(guest: KernelGuest, door: socket.socket) -> None:
     assert guest.driver.config(0, 8) == CID
-    connection = guest.connect()
+    connection = guest.connect(next(FRESH))
     assert connection.seen == [abi.VSOCK_OP_RESPONSE]
     sock, address = door.accept()
     with sock:
-        assert address == (CID, GUEST_PORT)
+        assert address == (CID, connection.guest_port)
         connection.write(b"from the guest")
         assert sock.recv(100) == b"from the guest"
         sock.sendall(bytes(100_000))
@@ -71,11 +76,11 @@ def test_the_host_connects(guest: KernelGuest) -> None:
 
 
 def test_a_guest_that_starts_anew(guest: KernelGuest, door: socket.socket) -> None:
-    guest.connect()
+    guest.connect(next(FRESH))
     door.accept()[0].close()
     guest.driver.set_status(0)
     guest.start()
-    assert guest.connect(GUEST_PORT + 1).seen == [abi.VSOCK_OP_RESPONSE]
+    assert guest.connect(next(FRESH)).seen == [abi.VSOCK_OP_RESPONSE]
     door.accept()[0].close()
 
 
@@ -91,7 +96,7 @@ def test_each_guest_has_an_address_of_its_own(
 
 
 def test_after_a_snapshot(guest: KernelGuest, door: socket.socket) -> None:
-    connection = guest.connect()
+    connection = guest.connect(next(FRESH))
     sock, _ = door.accept()
     with sock:
         connection.write(b"before")
@@ -103,7 +108,7 @@ def test_after_a_snapshot(guest: KernelGuest, door: socket.socket) -> None:
         guest.driver.queues[EVENT].add([], [4])
         guest.driver.kick(EVENT)
         assert guest.driver.wait(EVENT)[0].data == bytes(4)
-    assert guest.connect(GUEST_PORT + 1).seen == [abi.VSOCK_OP_RESPONSE]
+    assert guest.connect(next(FRESH)).seen == [abi.VSOCK_OP_RESPONSE]
 
 
 def test_a_broken_chain_stops_the_device(guest: KernelGuest) -> None:
@@ -116,7 +121,7 @@ def test_a_broken_chain_stops_the_device(guest: KernelGuest) -> None:
     assert eventually(lambda: guest.driver.needs_reset)
     assert isinstance(faults[0], QueueError)
     guest.start()
-    assert guest.connect().seen == [abi.VSOCK_OP_RST]
+    assert guest.connect(next(FRESH)).seen == [abi.VSOCK_OP_RST]
 
 
 def test_a_driver_without_a_queue(guest: KernelGuest) -> None:
