@@ -400,6 +400,7 @@ def _steps(timings: Mapping[str, float]) -> dict[str, float]:
 
 def _rows(plan: Plan) -> dict[str, Any]:
     """A plan for people and programs."""
+    vsock = {"vsock": plan.vsock.plane} if plan.vsock else {}
     return {
         "engine": plan.engine,
         "reason": plan.reason,
@@ -409,6 +410,7 @@ def _rows(plan: Plan) -> dict[str, Any]:
         "memory": plan.spec.memory,
         "cmdline": plan.cmdline,
         "network": [nic.summary for nic in plan.nics] or [network.NONE],
+        **vsock,
     }
 
 
