@@ -199,7 +199,7 @@ def test_loopback_of_the_host_stays_out_of_reach(host: Namespace, join: Join) ->
 def test_an_address_of_ones_own(join: Join, tmp_path: Path) -> None:
     first = join("", Nic(address="10.213.0.77"))
     assert first.address == "10.213.0.77"
-    for address, why in (("10.213.0.77", "in use"), ("192.168.1.1", "no address"), ("x", "not an")):
+    for address, why in (("10.213.0.77", "in use"), ("192.168.1.1", "no address")):
         with pytest.raises(UserError, match=why):
             refused(Nic(address=address), tmp_path)
 

@@ -2,8 +2,7 @@
 
 ::
 
-    .net.lock     held while a keeper is looked for, or makes its network (its subnet and its names are
-                  chosen then), or decides to end
+    .net.lock     held while a keeper is looked for or started, and while one decides to end
     .net-KEY/     of one network of one network namespace
         lock      held (flock) by the keeper as long as it lives; handed to it already held
         sock      where it listens; bound here, so that the first machine need not wait for it
@@ -30,7 +29,7 @@ from hostel import errors
 from hostel.errors import HelperError, HostError
 from hostel.host import runtime
 
-from . import state
+from .state import State
 
 PREFIX = ".net-"
 LIMIT = 1 << 17
@@ -48,10 +47,10 @@ class Lease:
         self._folder = base / f"{PREFIX}{kind}-{_word(target)}-{_namespace()}"
         self._starting = 0
         self._answer: dict[str, Any] | None = None
-        with _locked(base) as lock:
+        with _locked(base):
             self._socket = _connect(self._folder)
             if self._socket is None:
-                self._socket, self._starting = _start(self._folder, (kind, target), lock)
+                self._socket, self._starting = _start(self._folder, (kind, target))
             self._send(request)
 
     def answer(self) -> dict[str, Any]:
@@ -106,14 +105,25 @@ def sweep() -> list[str]:
 def _connect(folder: Path) -> socket.socket | None:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        sock.connect(os.fspath(folder / "sock"))
+        with _short(folder) as path:
+            sock.connect(f"{path}/sock")
     except OSError:
         sock.close()
         return None
     return sock
 
 
-def _start(folder: Path, network: tuple[str, str], making: int) -> tuple[socket.socket, int]:
+@contextlib.contextmanager
+def _short(folder: Path) -> Iterator[str]:
+    """A name of the folder that leaves room in a socket's address (108 bytes), however long it is."""
+    fd = os.open(folder, os.O_PATH | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}"
+    finally:
+        os.close(fd)
+
+
+def _start(folder: Path, network: tuple[str, str]) -> tuple[socket.socket, int]:
     """A new keeper, which will find our connection waiting, and its pid until it forks.
 
     The caller holds the lock. A network whose keeper was killed and whose machines still run keeps its
@@ -135,9 +145,10 @@ def _start(folder: Path, network: tuple[str, str], making: int) -> tuple[socket.
             stack.callback(os.close, log)
             listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
             (folder / "sock").unlink(missing_ok=True)
-            listener.bind(os.fspath(folder / "sock"))
+            with _short(folder) as path:
+                listener.bind(f"{path}/sock")
             listener.listen(64)
-            pid = _spawn((str(folder), *network), (listener.fileno(), lock, making), log)
+            pid = _spawn((str(folder), *network), (listener.fileno(), lock), log)
         except OSError as error:
             raise HostError(
                 f"cannot start a network's keeper in {folder}: {error.strerror}",
@@ -172,8 +183,11 @@ def _sweep_one(folder: Path) -> bool:
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if folder.name.endswith(f"-{_namespace()}") and not state.undo(folder):
-            return False
+        if folder.name.endswith(f"-{_namespace()}"):
+            left = State.left(folder)
+            if left.in_use():
+                return False
+            left.undo()
         rmtree(folder, ignore_errors=True)
         return True
     except BlockingIOError:
@@ -192,12 +206,11 @@ def _word(target: str) -> str:
 
 
 @contextlib.contextmanager
-def _locked(parent: Path) -> Iterator[int]:
-    """Held until the last copy of the descriptor is closed: a keeper that is started gets one."""
+def _locked(parent: Path) -> Iterator[None]:
     fd = os.open(parent / ".net.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        yield fd
+        yield
     finally:
         os.close(fd)
 

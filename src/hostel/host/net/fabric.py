@@ -14,9 +14,10 @@ from typing import Any
 from hostel.errors import HostError, UserError
 from hostel.vmm.loop import EventLoop
 
-from . import allow, firewall, forwarding, kernel, state
+from . import allow, firewall, forwarding, kernel
 from .resolver import Resolver
 from .rules import Guest, Port, View, render
+from .state import State
 from .subnet import PREFIX, Pool, choose, routes
 
 DOMAIN = "hostel"
@@ -38,6 +39,7 @@ class Network:
 
     def __init__(self, folder: str, kind: str, name: str) -> None:
         self._folder, self._name, self._world = folder, name or "default", kind == "nat"
+        self.state = State(folder)
         self._routes = routes()
         self._pool = Pool(choose(self._name, self._routes))
         self._guests: dict[int, Guest] = {}
@@ -48,10 +50,10 @@ class Network:
 
     def make(self, loop: EventLoop) -> None:
         """Everything but guests. Names are answered on ``loop``."""
-        bridge, folder = self._bridge, self._folder
+        bridge = self._bridge
         uplinks = forwarding.uplinks(self._routes) if self._world else []
         self._mtu = _mtu(uplinks)
-        state.note(folder, "link", bridge)
+        self.state.note("link", bridge)
         mac = ":".join(["02", *(f"{byte:02x}" for byte in os.urandom(5))])
         kernel.ip(
             [
@@ -78,15 +80,14 @@ class Network:
 
     def _let_through(self, uplinks: list[str]) -> None:
         if uplinks and kernel.sysctl("ipv4/ip_forward") != "1":
-            base, key = os.path.split(self._folder)
-            state.note(self._folder, "forwarding", f"{base}:{key}")
-            self._view.opened = forwarding.join(base, key, uplinks)
+            self.state.note("forwarding", self._folder)
+            self._view.opened = forwarding.join(self._folder, uplinks)
         ways, self.notes = firewall.look(self._bridge)
         if ways:
-            state.note(self._folder, "accept", self._bridge)
+            self.state.note("accept", self._bridge)
             kernel.nft(ways)
         for family in ("inet", "bridge"):
-            state.note(self._folder, "table", f"{family}:{self._bridge}")
+            self.state.note("table", f"{family}:{self._bridge}")
 
     # -- machines --------------------------------------------------------------------------------
 
@@ -129,7 +130,7 @@ class Network:
 
     def _plug(self, guest: Guest, queues: int, mtu: int) -> None:
         tap, several = guest.tap, "multi_queue" if queues > 1 else ""
-        state.note(self._folder, "link", tap)
+        self.state.note("link", tap)
         kernel.ip(
             [
                 f"tuntap add dev {tap} mode tap vnet_hdr {several}",
@@ -149,7 +150,7 @@ class Network:
         for line in (f"neigh del {guest.address} dev {self._bridge}", f"link del {guest.tap}"):
             with contextlib.suppress(HostError):  # not made yet, or taken away by someone else
                 kernel.ip([line])
-        state.forget(self._folder, "link", guest.tap)
+        self.state.forget("link", guest.tap)
         self._load()
 
     def _load(self) -> None:

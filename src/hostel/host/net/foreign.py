@@ -12,14 +12,16 @@ from typing import Any
 from hostel.errors import HostError, UserError
 from hostel.vmm.loop import EventLoop
 
-from . import kernel, state
+from . import kernel
+from .state import State
 
 
 class _Links:
     """One link a lease."""
 
     def __init__(self, folder: str, target: str) -> None:
-        self._folder, self._target = folder, target
+        self._target = target
+        self.state = State(folder)
         self._links: dict[int, str] = {}
         self._count = 0
 
@@ -32,14 +34,14 @@ class _Links:
         name = next(name for n in range(100000) if (name := f"{prefix}{n}") not in present)
         self._count += 1
         self._links[self._count] = name
-        state.note(self._folder, "link", name)
+        self.state.note("link", name)
         return self._count, name
 
     def detach(self, number: int) -> None:
         name = self._links.pop(number)
         with contextlib.suppress(HostError):  # the host's interface has gone, and took it along
             kernel.ip([f"link del {name}"])
-        state.forget(self._folder, "link", name)
+        self.state.forget("link", name)
 
 
 class Bridge(_Links):

@@ -4,8 +4,8 @@ The kernel forwards a packet if forwarding is on for the interface it *arrives* 
 does not do: answers arrive at the uplinks. These are opened too, only these, and only for our packets
 (the chain ``guard`` in ``rules``). Where the whole host forwards already, nothing is changed.
 
-A record beside the networks' directories says which of them need which interface that we opened; the
-last one closes it.
+A record, one for all users' networks of this network namespace, says which of them need which interface
+that we opened; the last one closes it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hostel.errors import HostError
 from . import kernel
 from .subnet import Route
 
-RECORD = ".net.forwarding"
+PLACE = "/run/hostel-forwarding"
 
 
 def uplinks(routes: list[Route]) -> list[str]:
@@ -29,9 +29,9 @@ def uplinks(routes: list[Route]) -> list[str]:
     return sorted(name for name in found - {"", "lo"} if not name.startswith("hostel"))
 
 
-def join(base: str, network: str, wanted: list[str]) -> list[str]:
-    """Open what is closed, for this network; returns all that is open only because of us."""
-    with _record(base) as opened:
+def join(network: str, wanted: list[str]) -> list[str]:
+    """Open what is closed, for the network in this folder; returns all that is open only because of us."""
+    with _record() as opened:
         for name in wanted:
             if name in opened:
                 opened[name].add(network)
@@ -41,30 +41,43 @@ def join(base: str, network: str, wanted: list[str]) -> list[str]:
         return sorted(opened)
 
 
-def leave(path: str) -> None:
-    """``BASE:NETWORK`` goes: close what nobody else needs, unless the whole host forwards by now."""
-    base, _, network = path.rpartition(":")
+def leave(network: str) -> None:
+    """It goes: close what nobody else needs, unless the whole host forwards by now."""
     everywhere = kernel.sysctl("ipv4/ip_forward") == "1"
-    with _record(base) as opened:
+    with _record() as opened:
         for name, networks in list(opened.items()):
-            networks.discard(network)
-            if not networks:
-                del opened[name]
-                if everywhere or kernel.sysctl(f"ipv4/conf/{name}/forwarding") is None:
-                    continue
+            opened[name] = {folder for folder in networks - {network} if os.path.isdir(folder)}
+            if opened[name]:
+                continue
+            del opened[name]
+            if not everywhere and kernel.sysctl(f"ipv4/conf/{name}/forwarding") is not None:
                 with contextlib.suppress(HostError):
                     kernel.set_sysctl(f"ipv4/conf/{name}/forwarding", "0")
 
 
 @contextlib.contextmanager
-def _record(base: str) -> Iterator[dict[str, set[str]]]:
-    """The record, locked; written back at the end. Its lines: interface, then networks."""
-    namespace = os.stat("/proc/self/ns/net").st_ino
-    fd = os.open(f"{base}/{RECORD}-{namespace}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    with open(fd, "r+") as file:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        opened = {words[0]: set(words[1:]) for line in file if (words := line.split())}
+def _record() -> Iterator[dict[str, set[str]]]:
+    """The record, locked; written back at the end. Its lines: interface, then networks, by tabs."""
+    path = f"{PLACE}-{os.stat('/proc/self/ns/net').st_ino}"
+    with open(_lock(path), "r+") as file:
+        opened = {words[0]: set(words[1:]) for line in file if (words := line.rstrip().split("\t"))}
         yield opened
         file.seek(0)
         file.truncate()
-        file.writelines(f"{name} {' '.join(sorted(of))}\n" for name, of in sorted(opened.items()))
+        file.writelines("\t".join((name, *sorted(of))) + "\n" for name, of in opened.items())
+        if not opened:
+            os.unlink(path)
+
+
+def _lock(path: str) -> int:
+    """The file that is there, locked: the one that we waited for may have been removed meanwhile."""
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError as error:
+            raise HostError(f"cannot use {path}: {error.strerror}") from None
+        with contextlib.suppress(OSError):
+            if os.stat(path).st_ino == os.fstat(fd).st_ino:
+                return fd
+        os.close(fd)

@@ -6,6 +6,7 @@ to lock. A connection is a lease; that it breaks is how a machine's end is seen,
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -13,13 +14,14 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from hostel.errors import HelperError, HostelError
 from hostel.vmm.loop import EventLoop
 
-from . import state
+from .state import State
 
 LIMIT = 1 << 17
 
@@ -27,17 +29,16 @@ LIMIT = 1 << 17
 class Fabric(Protocol):
     """What a keeper keeps: a network of ours, or devices on one of the host's."""
 
+    state: State
+
     def make(self, loop: EventLoop) -> None: ...
     def attach(self, request: dict[str, Any]) -> tuple[int, dict[str, Any]]: ...
     def detach(self, number: int) -> None: ...
 
 
 class Keeper:
-    def __init__(
-        self, listener: socket.socket, folder: str, fabric: Callable[[], Fabric], making: int
-    ) -> None:
-        self._listener, self._folder = listener, folder
-        self._new, self._making = fabric, making
+    def __init__(self, listener: socket.socket, folder: str, fabric: Callable[[], Fabric]) -> None:
+        self._listener, self._folder, self._new = listener, folder, fabric
         self._fabric: Fabric | None = None
         self._leases: dict[int, tuple[socket.socket, int]] = {}
         """Connections by file descriptor, with the number of what they lease (0: nothing)."""
@@ -50,16 +51,15 @@ class Keeper:
         self.loop.call_soon(self._begin)
 
     def _begin(self) -> None:
-        """Make the network, and let others make theirs: ``making`` is the lock (``client``)."""
         try:
-            self._fabric = self._new()
-            self._fabric.make(self.loop)
+            with _alone():
+                self._fabric = self._new()
+                self._fabric.make(self.loop)
         except HostelError as error:
             self._problem = error
         except Exception as error:
             _show(error)
             self._problem = HelperError(f"the network could not be made: {error!r}")
-        os.close(self._making)
         self.loop.add(self._listener.fileno(), self._accept)
 
     def _accept(self) -> None:
@@ -104,17 +104,22 @@ class Keeper:
     def _release(self, fd: int) -> None:
         sock, number = self._leases.pop(fd)
         self.loop.remove(fd)
+        sock.close()
         try:
             if number and self._fabric:
                 self._fabric.detach(number)
-            if not self._leases:
-                self._end_if_unused()
-        finally:
-            sock.close()
+        except Exception as error:
+            _show(error)
+        if not self._leases:
+            self._end_if_unused()
 
     def _end_if_unused(self) -> None:
         """Nobody can come between: who looks for a keeper holds the lock (``client``)."""
-        with open(f"{os.path.dirname(self._folder)}/.net.lock", "w") as lock:
+        parent = os.path.dirname(self._folder)
+        if not os.path.isdir(parent):
+            self.end()
+            return
+        with open(f"{parent}/.net.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self._accept()
             if not self._leases:
@@ -124,24 +129,26 @@ class Keeper:
         """Take everything down."""
         self.loop.remove(self._listener.fileno())
         try:
-            state.undo(self._folder, force=True)
+            if self._fabric:
+                self._fabric.state.undo()
+            with contextlib.suppress(OSError):
+                for name in os.listdir(self._folder):
+                    os.unlink(f"{self._folder}/{name}")
+                os.rmdir(self._folder)
         finally:
-            for name in os.listdir(self._folder):
-                os.unlink(f"{self._folder}/{name}")
-            os.rmdir(self._folder)
             self.ended.set()
             self.loop.stop()
 
 
 def main(arguments: list[str]) -> None:
     """Until the last machine has gone, or SIGTERM."""
-    listener_fd, _, making = fds = [int(text) for text in arguments[:3]]
+    listener_fd, _ = fds = [int(text) for text in arguments[:2]]
     for fd in fds:  # ours; not for the programs that we run
         os.set_inheritable(fd, False)
-    folder, kind, target = arguments[3:]
+    folder, kind, target = arguments[2:]
     listener = socket.socket(fileno=listener_fd)
     listener.setblocking(False)
-    keeper = Keeper(listener, folder, lambda: _fabric(folder, kind, target), making)
+    keeper = Keeper(listener, folder, lambda: _fabric(folder, kind, target))
     signal.signal(signal.SIGTERM, lambda *_: keeper.loop.call_soon(keeper.end))
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -158,6 +165,20 @@ def _fabric(folder: str, kind: str, target: str) -> Fabric:
     from .foreign import Bridge, Macvtap
 
     return Bridge(folder, target) if kind == "bridge" else Macvtap(folder, target)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """While free names and subnets are looked for and taken: one keeper of this network namespace at a
+    time, whoever started it. Abstract socket names are the namespace's, and go with their process."""
+    with socket.socket(socket.AF_UNIX) as mutex:
+        while True:
+            try:
+                mutex.bind("\0hostel-making-a-network")
+                break
+            except OSError:
+                time.sleep(0.002)
+        yield
 
 
 def _packed(error: HostelError) -> list[str]:

@@ -53,7 +53,11 @@ def run(argv: list[str], text: str = "") -> str:
         said = _content(output)
         if code:
             words = _content(errors).strip() or said.strip() or f"exit code {code}"
-            raise HostError(f"{os.path.basename(argv[0])}: {' | '.join(words.splitlines()[:2])}")
+            raise HostError(
+                f"{os.path.basename(argv[0])}: {' | '.join(words.splitlines()[:2])}",
+                cost="the network cannot be made",
+                cure="see `hostel doctor`, or use --net user or none",
+            )
         return said
     finally:
         for fd in (given, output, errors):

@@ -5,7 +5,7 @@
     link NAME             an interface to delete
     table FAMILY:NAME     an nftables table to delete
     accept NAME           rules for bridge NAME in the host's own firewall (``firewall``)
-    forwarding KEY        this network's part in the record of sysctls (``forwarding``)
+    forwarding FOLDER     this network's part in the record of sysctls (``forwarding``)
 """
 
 from __future__ import annotations
@@ -15,51 +15,58 @@ import os
 
 from hostel.errors import HostError
 
-from . import kernel
+from . import firewall, forwarding, kernel
 
 
-def note(folder: str | os.PathLike[str], kind: str, name: str) -> None:
-    """Before it is made."""
-    with open(f"{os.fspath(folder)}/state", "a") as file:
-        file.write(f"{kind} {name}\n")
+class State:
+    """A keeper's own, also in memory: somebody may take the folder away under it."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._path = f"{os.fspath(folder)}/state"
+        self._entries: list[tuple[str, str]] = []
+
+    @classmethod
+    def left(cls, folder: str | os.PathLike[str]) -> State:
+        """As a keeper that was killed left it."""
+        state = cls(folder)
+        with contextlib.suppress(OSError), open(state._path) as file:
+            for line in file:
+                kind, _, name = line.rstrip("\n").partition(" ")
+                if kind in _UNDO and name:
+                    state._entries.append((kind, name))
+        return state
+
+    def note(self, kind: str, name: str) -> None:
+        """Before it is made."""
+        self._entries.append((kind, name))
+        with contextlib.suppress(OSError), open(self._path, "a") as file:
+            file.write(f"{kind} {name}\n")
+
+    def forget(self, kind: str, name: str) -> None:
+        """After it has been taken away."""
+        self._entries = [entry for entry in self._entries if entry != (kind, name)]
+        with contextlib.suppress(OSError), open(self._path, "w") as file:
+            file.writelines(f"{a} {b}\n" for a, b in self._entries)
+
+    def in_use(self) -> bool:
+        """Whether a machine still has one of the taps open."""
+        present = kernel.interfaces()
+        links = [name for kind, name in self._entries if kind == "link" and name in present]
+        return any(_is_open(name) for name in links)
+
+    def undo(self) -> None:
+        """Put everything back."""
+        for kind, take_away in _UNDO.items():
+            names = [name for word, name in reversed(self._entries) if word == kind]
+            if names:
+                with contextlib.suppress(HostError):  # the host's administrator was faster
+                    take_away(names)
 
 
-def forget(folder: str | os.PathLike[str], kind: str, name: str) -> None:
-    """After it has been taken away."""
-    line = (kind, name)
-    kept = [entry for entry in _read(folder) if entry != line]
-    with open(f"{os.fspath(folder)}/state", "w") as file:
-        file.write("".join(f"{a} {b}\n" for a, b in kept))
-
-
-def undo(folder: str | os.PathLike[str], *, force: bool = False) -> bool:
-    """Put everything back; False, and nothing done, while a machine still uses one of its taps."""
-    entries = _read(folder)
-    links = [name for kind, name in entries if kind == "link"]
-    present = kernel.interfaces()
-    if not force and any(_in_use(name) for name in links if name in present):
-        return False
-    for kind, take_away in _UNDO.items():
-        names = [name for word, name in reversed(entries) if word == kind]
-        if names:
-            with contextlib.suppress(HostError):  # the host's administrator was faster
-                take_away(names)
-    return True
-
-
-def _read(folder: str | os.PathLike[str]) -> list[tuple[str, str]]:
-    try:
-        with open(f"{os.fspath(folder)}/state") as file:
-            words = [line.split() for line in file]
-    except OSError:
-        return []
-    return [(line[0], line[1]) for line in words if len(line) == 2 and line[0] in _UNDO]
-
-
-def _in_use(link: str) -> bool:
-    """Whether somebody holds a tap open: it has a carrier then, as a wire that is plugged in."""
+def _is_open(link: str) -> bool:
+    """A tap has a carrier then, as a wire that is plugged in."""
     text = kernel.run([kernel.find("ip"), "-o", "-d", "link", "show", link])
-    return " tun " in text and "NO-CARRIER" not in text and "LOWER_UP" in text
+    return " tun " in text and "LOWER_UP" in text
 
 
 def _links(names: list[str]) -> None:
@@ -74,15 +81,11 @@ def _tables(names: list[str]) -> None:
 
 
 def _accept(names: list[str]) -> None:
-    from . import firewall
-
     for name in names:
         firewall.close(name)
 
 
 def _forwarding(names: list[str]) -> None:
-    from . import forwarding
-
     for name in names:
         forwarding.leave(name)
 

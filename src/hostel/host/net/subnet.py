@@ -95,10 +95,7 @@ class Pool:
 
     def _take_this(self, wanted: str) -> str:
         address, _, prefix = wanted.partition("/")
-        try:
-            value = number(address)
-        except OSError:
-            raise UserError(f"not an IPv4 address: {address!r}") from None
+        value = number(address)
         if prefix not in ("", str(PREFIX)) or not self.base + 1 < value < self.base + SIZE - 1:
             raise UserError(
                 f"{wanted} is no address for a machine on this network",
