@@ -94,6 +94,11 @@ class FuseDriver:
             raise FuseError(-error, f"{opcode}: {os.strerror(-error)}")
         return done[0].data[_OUT.size :]
 
+    def send_raw(self, readable: list[bytes], writable: list[int]) -> None:
+        """Buffers as they are; no answer is waited for."""
+        self._queues[1].add(readable, writable)
+        os.eventfd_write(self._eventfds[2], 1)
+
     # -- the usual ones -----------------------------------------------------------------------
 
     def lookup(self, node: int, name: str) -> int:

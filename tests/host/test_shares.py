@@ -21,9 +21,10 @@ from guests import fuse_driver as fuse
 from guests.fuse_driver import ROOT, FuseDriver, FuseError
 from guests.killed import Victim, gone_within
 from hostel.errors import HelperError, UserError
+from hostel.host import shares, virtiofsd
 from hostel.host.process import Helper
 from hostel.host.runtime import Runtime, sweep
-from hostel.host.shares import Served, Share, share
+from hostel.host.shares import Served, Share, choose, share
 from hostel.spec import FileServer
 
 pytestmark = pytest.mark.qemu
@@ -401,3 +402,40 @@ def test_callers_writable_share_writes_as_the_caller(
         )
     made = (open_tree / "sub/new").stat()
     assert (made.st_uid, made.st_gid) == (STRANGER, STRANGER)
+
+
+def test_our_server_says_what_the_guest_did(runtime: Runtime, tree: Path) -> None:
+    """A request that cannot even be answered ends it; the machine's device fails, and nothing else."""
+    one = share(runtime.path, Served("share", tree, False, server="python"), memory=MEMORY)
+    try:
+        with FuseDriver(one.socket) as fs:
+            fs.send_raw([bytes(20)], [16])
+            assert one.helper.wait(10) == 1
+        with pytest.raises(HelperError, match="a FUSE request without a whole header"):
+            one.check()
+    finally:
+        one.stop()
+
+
+# -- who serves it --------------------------------------------------------------------------------
+
+
+def test_auto_takes_what_will_do(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Served("share", tree, False)
+    monkeypatch.setattr(shares, "_most_open_files", lambda: 1 << 20)
+    assert choose(plain, MEMORY).server == "virtiofsd"
+    monkeypatch.setattr(shares, "_most_open_files", lambda: 4096)
+    choice = choose(plain, MEMORY)
+    assert choice.server == "python"
+    assert "4096 are too few" in choice.reason
+    assert choose(plain, 4096 << 10).server == "virtiofsd", "so small a guest remembers no more"
+    monkeypatch.setattr(virtiofsd, "PLACES", ())
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert choose(plain, MEMORY).reason == "virtiofsd is not installed"
+
+
+def test_what_virtiofsd_cannot_do(tree: Path) -> None:
+    owned = Served("share", tree, False, owner=(1000, 1000))
+    assert choose(owned, MEMORY).reason == "virtiofsd maps no owners"
+    with pytest.raises(UserError, match=r"virtiofsd maps no owners; leave server=virtiofsd out"):
+        choose(msgspec.structs.replace(owned, server="virtiofsd"), MEMORY)
