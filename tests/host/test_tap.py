@@ -26,32 +26,32 @@ def close(fds: list[int]) -> int:
 
 
 def test_a_tap_by_its_name(net: Namespace) -> None:
-    net.run("ip tuntap add one mode tap")
+    net.run("ip tuntap add dev one mode tap")
     assert close(net.call(open_tap, "one")) == 1
     assert close(net.call(open_tap, "one")) == 1, "again, once it is closed"
 
 
 def test_several_queues(net: Namespace) -> None:
-    net.run("ip tuntap add many mode tap multi_queue")
+    net.run("ip tuntap add dev many mode tap multi_queue")
     assert close(net.call(open_tap, "many", 4)) == 4
     assert close(net.call(open_tap, "many")) == 1
 
 
 def test_a_name_that_is_not_there_is_no_new_interface(net: Namespace) -> None:
-    with pytest.raises(HostError, match="there is no interface nobody.*ip tuntap add nobody"):
+    with pytest.raises(HostError, match=r"no interface nobody.*tuntap add dev nobody"):
         net.call(open_tap, "nobody")
     assert "nobody" not in net.run("ip link")
 
 
 def test_a_tap_of_one_queue_has_not_two(net: Namespace) -> None:
-    net.run("ip tuntap add one mode tap")
-    with pytest.raises(HostError, match="tap one is no tap, or has no several queues.*multi_queue"):
+    net.run("ip tuntap add dev one mode tap")
+    with pytest.raises(HostError, match=r"tap one is no tap.*multi_queue"):
         net.call(open_tap, "one", 2)
     assert close(net.call(open_tap, "one")) == 1, "nothing was left open"
 
 
 def test_a_tap_in_use(net: Namespace) -> None:
-    net.run("ip tuntap add one mode tap")
+    net.run("ip tuntap add dev one mode tap")
     fds = net.call(open_tap, "one")
     with pytest.raises(HostError, match="tap one is in use"):
         net.call(open_tap, "one")
@@ -64,7 +64,7 @@ def test_what_is_no_tap(net: Namespace) -> None:
 
 
 def test_a_macvtap(net: Namespace) -> None:
-    net.run("ip link add under type dummy")
+    net.run("ip link add under type veth peer name over")
     try:
         net.run("ip link add link under name macvtap0 type macvtap")
     except subprocess.CalledProcessError:

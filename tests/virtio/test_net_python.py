@@ -53,7 +53,7 @@ def seat(rig: Rig, net: Namespace, transport: str = "pci", queues: int = 1) -> D
 def checksum(data: bytes) -> int:
     """RFC 1071."""
     words = struct.unpack(f">{len(data) // 2}H", data)
-    total = sum(words)
+    total = int(sum(words))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF
@@ -201,7 +201,7 @@ def test_a_segment_is_cut_on_the_way_out(rig: Rig, net: Namespace) -> None:
     payload = os.urandom(1448 * 4)
     segment = SOMEBODY + tcp_segment(payload)[6:]
     send(driver, segment, header=SEGMENT_HEADER)
-    packets = []
+    packets: list[bytes] = []
     with os.fdopen(other, "rb", buffering=0) as file:
         while len(packets) < 4:
             assert select.select([file], [], [], 10)[0]

@@ -140,7 +140,7 @@ def test_a_slow_network_slows_the_driver_and_loses_nothing(stream_nic: StreamNic
     driver.kick(TX)
     time.sleep(0.05)
     assert len(queue.completed()) < 64, "the port is full and takes no more"
-    got = []
+    got: list[bytes] = []
     while len(got) < len(frames):
         got.append(wire.receive())
         queue.completed()

@@ -19,11 +19,14 @@ TUN = "/dev/net/tun"
 FLAGS = tun.IFF_TAP | tun.IFF_NO_PI | tun.IFF_VNET_HDR
 
 _REASONS = {
-    errno.EINVAL: ("is no tap, or has no several queues", "ip tuntap add {} mode tap multi_queue"),
+    errno.EINVAL: (
+        "is no tap, or has no several queues",
+        "ip tuntap add dev {} mode tap multi_queue",
+    ),
     errno.EBUSY: ("is in use", "stop the machine or program that has it, or use another one"),
     errno.EPERM: (
         "may not be used by this user",
-        "ip tuntap add {} mode tap user NAME, or be root",
+        "ip tuntap add dev {} mode tap user NAME, or be root",
     ),
     errno.EACCES: ("may not be used by this user", "become root, or its owner"),
     errno.E2BIG: ("has no more queues", "ask for fewer"),
@@ -39,7 +42,7 @@ def open_tap(name: str, queues: int = 1) -> list[int]:
         raise HostError(
             f"there is no interface {name}",
             cost="the NIC has no network",
-            cure=f"ip tuntap add {name} mode tap",
+            cure=f"ip tuntap add dev {name} mode tap",
         ) from None
     # A tap with several queues wants the flag even of who takes only one.
     several = FLAGS | tun.IFF_MULTI_QUEUE
