@@ -124,11 +124,12 @@ class Net(QueueDevice):
         memory, data = self._active
         self.plane.start(memory, self.driver_features, data, positions, self._control.pairs)
 
-    def _stop(self) -> None:
-        super()._stop()
+    def _stop(self) -> bool:
+        stopped = super()._stop()
         if self._active is not None:
             self._active = None
             self.plane.stop()
+        return stopped
 
     def reset(self) -> None:
         with self.lock:

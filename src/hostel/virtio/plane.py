@@ -103,6 +103,7 @@ class QueueDevice(VirtioDevice):
         self._positions: dict[int, tuple[int, int]] = {}
         self._started = False
         """Also without any queue: a driver need not enable one."""
+        self._stops = 0
 
     # -- for a device to fill in ----------------------------------------------------------------
 
@@ -114,7 +115,8 @@ class QueueDevice(VirtioDevice):
         """The queues are there. With ``lock``."""
 
     def stopping(self) -> None:
-        """The queues are about to go: end all that uses them. With ``lock``."""
+        """The queues are about to go: end all that uses them. With ``lock``; may wait without it, and then
+        another thread may call it too."""
 
     # -- life cycle -----------------------------------------------------------------------------
 
@@ -164,8 +166,8 @@ class QueueDevice(VirtioDevice):
             self.broken(error)
 
     def broken(self, error: HostelError) -> None:
-        self._stop()
-        self.fail(error)
+        if self._stop():  # else a reset came first: this is no longer the present driver's fault
+            self.fail(error)
 
     def _make_queue(self, memory: GuestMemory, wiring: QueueWiring) -> ServedQueue:
         queue = Queue(
@@ -185,11 +187,17 @@ class QueueDevice(VirtioDevice):
                 served.drain()
                 self.guarded(partial(self.serve, served))
 
-    def _stop(self) -> None:
+    def _stop(self) -> bool:
+        """False if another thread did it, while ``stopping`` waited and let go of the lock."""
+        stops = self._stops
         if self._started:
-            self._started = False
             self.stopping()
+        if stops != self._stops:
+            return False
+        self._stops += 1
+        self._started = False
         for served in self.queues.values():
             self.loop.remove(served.kick)
             served.close()
         self.queues = {}
+        return True
