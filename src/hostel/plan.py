@@ -56,6 +56,16 @@ class Drive(msgspec.Struct, frozen=True):
     overlay: Path | None = None
 
     @property
+    def summary(self) -> str:
+        """One line for a person."""
+        disk = self.disk
+        words = [disk.path, disk.format]
+        words += ["overlay"] if disk.overlay else ["read-only"] if disk.read_only else []
+        return ", ".join(
+            [*words, f"cache {disk.cache}", *(["qemu-storage-daemon"] * bool(self.socket))]
+        )
+
+    @property
     def keeps_writes(self) -> bool:
         """Whether what the guest writes is to be there after it."""
         return not (self.disk.read_only or self.disk.overlay)

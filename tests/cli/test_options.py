@@ -8,7 +8,7 @@ import pytest
 
 from hostel.cli import options
 from hostel.errors import SpecError, UserError
-from hostel.spec import Disk, Volume
+from hostel.spec import Disk, Limits, Rate, Volume
 
 
 @pytest.mark.parametrize(
@@ -68,11 +68,58 @@ def test_no_owner_of_a_volume(owner: str) -> None:
         options.volume(f"/a:/b,owner={owner}")
 
 
-def test_disk() -> None:
-    assert options.disk("a.img") == Disk(path="a.img")
-    assert options.disk("a.img:ro") == Disk(path="a.img", read_only=True)
-    with pytest.raises(UserError, match="not a disk"):
-        options.disk(":ro")
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "disk"),
+    [
+        ("disk.img", Disk(path="disk.img")),
+        ("disk.img:ro", Disk(path="disk.img", read_only=True)),
+        ("disk.img:rw", Disk(path="disk.img")),
+        ("a,,b.img,overlay", Disk(path="a,b.img", overlay=True)),
+        (
+            "d,format=qcow2,cache=none,queues=4,plane=vhost-user,serial=S-1",
+            Disk(
+                path="d", format="qcow2", cache="none", queues=4, plane="vhost-user", serial="S-1"
+            ),
+        ),
+        (
+            "d,bps=8M,bps-burst=16M,iops=500",
+            Disk(
+                path="d",
+                limits=Limits(
+                    bytes=Rate(per_second=8 * MIB, burst=16 * MIB), operations=Rate(per_second=500)
+                ),
+            ),
+        ),
+    ],
+)
+def test_disk(text: str, disk: Disk) -> None:
+    assert options.disk(text) == disk
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not a disk"),
+        (":ro", "not a disk"),
+        ("d,overlya", "did you mean overlay"),
+        ("d,cache=nono", "did you mean cache=none"),
+        ("d,queues=many", "not known of a disk"),
+        ("d,serial=", "not known of a disk"),
+        ("d,queues=0", "1 to 16 queues"),
+        ("d,queues=17", "1 to 16 queues"),
+        ("d,serial=123456789012345678901", "at most 20 bytes"),
+        ("d:ro,overlay", "exclude each other"),
+        ("d,bps=fast", "not a size"),
+        ("d,bps=0", "not a rate"),
+        ("d,bps-burst=1M", "bps-burst without bps"),
+    ],
+)
+def test_no_disk(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        options.disk(text)
 
 
 def test_cpu_list() -> None:

@@ -409,6 +409,7 @@ def _rows(plan: Plan) -> dict[str, Any]:
         "cpus": plan.spec.cpus,
         "memory": plan.spec.memory,
         "cmdline": plan.cmdline,
+        **({"disks": [drive.summary for drive in plan.disks]} if plan.disks else {}),
         "network": [nic.summary for nic in plan.nics] or [network.NONE],
         **vsock,
     }
