@@ -29,7 +29,7 @@ from hostel.boot.initramfs import archive
 from hostel.machine import Machine
 from hostel.spec import MachineSpec
 
-HOSTEL = [str(Path(sys.executable).with_name("hostel")), "run", "--engine", "qemu"]
+HOSTEL = [str(Path(sys.executable).with_name("hostel")), "run", "--engine", "qemu", "--net", "none"]
 
 
 def hostel() -> float:

@@ -56,10 +56,19 @@ def qemu_missing() -> str:
     return ""
 
 
+def nat_missing() -> str:
+    if os.geteuid() != 0:
+        return "networks of hostel's own need root"
+    if not Path("/dev/net/tun").exists():
+        return "no /dev/net/tun"
+    return "" if shutil.which("nft") else "nft is not installed"
+
+
 NEEDS: dict[str, Callable[[], str]] = {
     "kvm": kvm_missing,
     "linux_kvm": linux_kvm_missing,
     "qemu": qemu_missing,
+    "nat": nat_missing,
 }
 """A mark, and what its tests lack here ("" for nothing)."""
 

@@ -43,7 +43,7 @@ LONGEST = 70
 
 PUBLIC = {
     *("Machine", "Result", "run"),
-    *("MachineSpec", "Disk", "Root", "Volume"),
+    *("MachineSpec", "Disk", "Root", "Volume", "Nic", "Publish", "Limits", "Rate"),
     *("HostelError", "UserError", "SpecError", "ImageError"),
     *("HostError", "KvmError", "HelperError", "MissingTool"),
     *("GuestError", "GuestCrash", "BootError", "AgentError", "MachineStopped", "MachineTimeout"),

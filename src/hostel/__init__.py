@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         UserError,
     )
     from .machine import Machine, Result, run
-    from .spec import Disk, MachineSpec, Root, Volume
+    from .spec import Disk, Limits, MachineSpec, Nic, Publish, Rate, Root, Volume
 
 __all__ = [
     "AgentError",
@@ -43,11 +43,15 @@ __all__ = [
     "HostelError",
     "ImageError",
     "KvmError",
+    "Limits",
     "Machine",
     "MachineSpec",
     "MachineStopped",
     "MachineTimeout",
     "MissingTool",
+    "Nic",
+    "Publish",
+    "Rate",
     "Result",
     "Root",
     "SpecError",
@@ -61,7 +65,11 @@ _NOT_ERRORS = {
     "Result": "machine",
     "run": "machine",
     "Disk": "spec",
+    "Limits": "spec",
     "MachineSpec": "spec",
+    "Nic": "spec",
+    "Publish": "spec",
+    "Rate": "spec",
     "Root": "spec",
     "Volume": "spec",
 }
