@@ -50,7 +50,7 @@ def test_nothing_is_opened_but_what_is_named(tmp_path: Path, image: Path) -> Non
     assert node["driver"] == "qcow2"
     assert node["backing"] == {
         "driver": "raw",
-        "file": {"driver": "file", "filename": str(image)},
+        "file": {"driver": "file", "filename": str(image), "aio": "threads"},
     }
     alone = storage.graph(checked(image, overlay=True), "disk0", tmp_path / "layer")
     assert alone["file"]["filename"] == str(tmp_path / "layer")
@@ -184,3 +184,19 @@ def test_a_full_file_system_is_named(image: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(disks, "FULL", 1 << 60)
     (line,) = disks.full(plan)
     assert f"the file system of {image} is full" in line
+
+
+def test_io_uring_where_host_and_daemon_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hostel.abi import io_uring
+
+    without = tmp_path / "daemon"
+    without.write_bytes(b"\x7fELF, and libaio.so.1")
+    assert storage._aio(str(without)) == "threads"
+    without.write_bytes(b"\x7fELF, and liburing.so.2")
+    found = storage._aio(str(without))
+    monkeypatch.setattr(io_uring, "SYS_SETUP", 9999)
+    assert storage._aio(str(without)) == "threads", "the host has none"
+    if found == "threads":
+        pytest.skip("no io_uring here")
