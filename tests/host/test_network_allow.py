@@ -16,6 +16,7 @@ from guests.names import NXDOMAIN, NameServer, exchange, gateway, look_up, messa
 from guests.namespaces import HOST, OUTSIDE, Echo, Guest, Namespace, ask, missing, reached, world
 from hostel.errors import SpecError
 from hostel.host.net import allow
+from hostel.host.net.resolver import MAX_ADDRESSES
 from hostel.host.network import attach
 from hostel.spec import Nic, Publish
 
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
 OTHER = "203.0.113.9"
 NAMES = {
+    "many.test": "192.0.2.1",
     "good.test": OUTSIDE,
     "other.test": OTHER,
     "deep.good.test": OTHER,
@@ -30,7 +32,7 @@ NAMES = {
     "metadata.test": "169.254.169.254",
 }
 ALLOW = (
-    *("good.test:7", "host.test", "metadata.test", "neighbour"),
+    *("good.test:7", "many.test:9", "host.test", "metadata.test", "neighbour"),
     *(f"{OTHER}:9/tcp", "198.51.100.0/24:7", "0.0.0.0/0:443"),
 )
 
@@ -41,6 +43,8 @@ class Scene:
     def __init__(self, host: Namespace, outside: Namespace, guests: list[Guest]) -> None:
         self.host, self.outside = host, outside
         self.limited, self.neighbour, self.stranger = guests
+        self.names = NAMES
+        """What the world's name server answers."""
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +125,31 @@ def test_only_addresses_are_answered(scene: Scene) -> None:
 def test_what_comes_in_is_answered(scene: Scene) -> None:
     assert ask(scene.neighbour, scene.limited.address, 7) == scene.neighbour.address
     assert ask(scene.host, scene.limited.address, 7) == gateway(scene.limited)
+
+
+def test_a_name_with_a_thousand_addresses(scene: Scene) -> None:
+    """Who answers for a name decides how many: what a guest can make the host do has an end."""
+    for number in range(MAX_ADDRESSES + 20):
+        scene.names["many.test"] = f"192.0.2.{number}"
+        assert look_up(scene.limited, "many.test") == [f"192.0.2.{number}"]
+    assert scene.host.run("nft list ruleset").count("192.0.2.") == MAX_ADDRESSES
+
+
+def test_messages_that_are_none(scene: Scene) -> None:
+    """None of them is answered, none ends the resolver, and each leaves its place to another."""
+    good = message("good.test")
+    loop = good[:12] + b"\xc0\x0c" + good[-4:]
+    bad = [b"", good[:5], good[:-1], loop, good[:12], good[:2] + b"\x81" + good[3:], b"\xff" * 600]
+    with scene.limited.socket(socket.SOCK_DGRAM) as sock:
+        sock.connect((gateway(scene.limited), 53))
+        for _ in range(20):
+            for text in bad:
+                sock.send(text)
+        sock.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            sock.recv(100)
+    assert look_up(scene.limited, "good.test") == [OUTSIDE]
+    assert look_up(scene.limited, "good.test", tcp=True) == [OUTSIDE]
 
 
 # -- by hand: frames that no guest's kernel would send -----------------------------------------

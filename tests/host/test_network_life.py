@@ -16,6 +16,7 @@ import msgspec
 import pytest
 
 from guests.killed import Victim, gone_within, lives
+from guests.names import NameServer, look_up
 from guests.namespaces import (
     HOST,
     OUTSIDE,
@@ -215,18 +216,12 @@ def test_docker_s_firewall(host: Namespace, outside: Namespace, tmp_path: Path) 
             with Echo(guest, 80):
                 assert ask(guest, OUTSIDE, 7) == HOST
                 assert ask(outside, HOST, 8080) == OUTSIDE
-            assert names_are_answered(guest)
+            assert look_up(guest, "one") == [guest.address]
             assert networks.notes == ()
         until(lambda: not keepers())
         assert host.run("nft list table ip filter") == before
     finally:
         host.run("nft delete table ip filter")
-
-
-def names_are_answered(guest: Guest) -> bool:
-    from guests.names import look_up
-
-    return look_up(guest, "one") == [guest.address]
 
 
 def test_any_other_firewall_is_named(host: Namespace, tmp_path: Path) -> None:
@@ -275,6 +270,18 @@ def test_macvtap(host: Namespace, outside: Namespace, tmp_path: Path) -> None:
     assert not os.path.exists(attachment.interface.target)
 
 
+def test_a_macvtap_in_use_outlives_its_keeper(host: Namespace, tmp_path: Path) -> None:
+    with machine(tmp_path, "", Nic(mode="macvtap", target="eth0")) as victim:
+        target = attachments(victim)[0].interface.target
+        fd = os.open(target, os.O_RDWR)
+        os.kill(keepers()[0], signal.SIGKILL)
+        until(lambda: not keepers())
+        assert runtime.sweep() == []
+        os.close(fd)
+    assert len(runtime.sweep()) == 1
+    assert not os.path.exists(target)
+
+
 def test_tap_of_the_host(host: Namespace, tmp_path: Path) -> None:
     host.run("ip tuntap add dev mine mode tap")
     try:
@@ -293,6 +300,8 @@ def test_user_mode(host: Namespace, outside: Namespace, tmp_path: Path) -> None:
     folder.mkdir()
     with machine(folder, "", Nic(mode="user"), publish=ports) as victim:
         pid, _ = (folder / "passt0.pid").read_text().split()
+        link = attachments(victim)[0].link
+        assert link is not None
         with (
             Guest(host, attachments(victim)[0]) as guest,
             Echo(outside, 7),
@@ -300,6 +309,8 @@ def test_user_mode(host: Namespace, outside: Namespace, tmp_path: Path) -> None:
         ):
             assert ask(guest, OUTSIDE, 7) == HOST
             assert ask(guest, OUTSIDE, 7, "udp") == HOST
+            with NameServer(host, outside, {"some.test": OUTSIDE}):
+                assert look_up(guest, "some.test", server=link.dns[0]) == [OUTSIDE]
             with Echo(guest, 80):
                 assert ask(outside, HOST, 8080)
                 assert ask(outside, HOST, 8080, "udp")

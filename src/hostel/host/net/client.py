@@ -34,7 +34,7 @@ from .state import State
 PREFIX = ".net-"
 LIMIT = 1 << 17
 """Bytes of one request or answer: a packet of a SOCK_SEQPACKET socket."""
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds a keeper may take to answer; it takes milliseconds, but a host may be busy."""
 _START = Path(__file__).with_name("start.py")
 

@@ -40,6 +40,8 @@ class Exchange:
         self._servers = servers()
         self._socket: socket.socket | None = None
         self._received = b""
+
+    def start(self) -> None:
         self._next()
 
     def _next(self) -> None:
@@ -51,7 +53,11 @@ class Exchange:
         address = self._servers.pop(0)
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         kind = socket.SOCK_STREAM if self._tcp else socket.SOCK_DGRAM
-        self._socket = sock = socket.socket(family, kind | socket.SOCK_NONBLOCK)
+        try:
+            self._socket = sock = socket.socket(family, kind | socket.SOCK_NONBLOCK)
+        except OSError:  # no descriptor left, or no IPv6
+            self._next()
+            return
         with contextlib.suppress(OSError):  # in progress; or refused, which the loop reports
             sock.connect((address, 53))
         self._loop.add(sock.fileno(), self._write, read=False, write=True)

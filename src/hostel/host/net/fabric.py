@@ -15,10 +15,10 @@ from hostel.errors import HostError, UserError
 from hostel.vmm.loop import EventLoop
 
 from . import allow, firewall, forwarding, kernel
-from .resolver import Resolver
+from .resolver import MAX_ADDRESSES, Resolver
 from .rules import Guest, Port, View, render
 from .state import State
-from .subnet import PREFIX, Pool, choose, routes
+from .subnet import PREFIX, Pool, Route, choose, routes
 
 DOMAIN = "hostel"
 MTU = 1500
@@ -52,7 +52,7 @@ class Network:
         """Everything but guests. Names are answered on ``loop``."""
         bridge = self._bridge
         uplinks = forwarding.uplinks(self._routes) if self._world else []
-        self._mtu = _mtu(uplinks)
+        self._mtu = _mtu(self._routes)
         self.state.note("link", bridge)
         mac = ":".join(["02", *(f"{byte:02x}" for byte in os.urandom(5))])
         kernel.ip(
@@ -172,8 +172,13 @@ class Network:
 
     def admit(self, guest: Guest, name: str, addresses: list[str], seconds: int) -> None:
         """DNS has told a guest the addresses of a name that it may reach."""
-        end = time.monotonic() + seconds
-        guest.names[name].update(dict.fromkeys(addresses, end))
+        now = time.monotonic()
+        known = {a: end for a, end in guest.names[name].items() if end > now}
+        fresh = [a for a in addresses if known.get(a, now) - now < seconds / 2]
+        addresses = fresh[: max(MAX_ADDRESSES - len(known), 0)]
+        if not addresses:
+            return
+        guest.names[name] = {**known, **dict.fromkeys(addresses, now + seconds)}
         items = ", ".join(f"{address} timeout {seconds}s" for address in addresses)
         which = f"inet {self._bridge} {guest.set_of(name)}"
         plain = ", ".join(addresses)
@@ -189,9 +194,9 @@ def _free_bridge() -> str:
     return next(name for n in range(10000) if (name := f"hostel{n}") not in present)
 
 
-def _mtu(uplinks: list[str]) -> int:
-    """No more than any way out takes: a guest need not learn it packet by packet."""
-    found = [kernel.mtu(name) for name in uplinks]
+def _mtu(found_routes: list[Route]) -> int:
+    """No more than the ways to the world take: a guest need not learn it packet by packet."""
+    found = [kernel.mtu(route.device) for route in found_routes if route.size == 0]
     return min([MTU, *(mtu for mtu in found if mtu >= 1280)])
 
 

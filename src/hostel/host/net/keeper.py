@@ -24,6 +24,7 @@ from hostel.vmm.loop import EventLoop
 from .state import State
 
 LIMIT = 1 << 17
+LOG_LIMIT = 1 << 18
 
 
 class Fabric(Protocol):
@@ -186,6 +187,9 @@ def _packed(error: HostelError) -> list[str]:
 
 
 def _show(error: Exception) -> None:
+    """Into the log; not without end, for it is in memory (tmpfs)."""
     import traceback
 
+    if os.fstat(2).st_size > LOG_LIMIT:
+        return
     traceback.print_exception(error, file=sys.stderr)

@@ -30,7 +30,7 @@ def start(nic: Nic, publish: Sequence[Publish], path: Path) -> tuple[Helper, Gue
     plan = link(nic, subnet.routes())
     address = plan.addresses[0].partition("/")[0]
     options = ["-f", "-q", "-s", str(path), "-a", address, "-n", str(subnet.PREFIX)]
-    options += ["-g", plan.gateway, "-D", plan.dns[0], "--dns-forward", plan.dns[0]]
+    options += ["-g", plan.gateway, "--dns-forward", plan.dns[0]]  # to the host's own resolver
     options += ["-m", str(plan.mtu), "--no-map-gw", "-4", *_ports(publish)]
     if os.geteuid() == 0:  # it would become nobody, who cannot make a socket in our directory; it
         options += ["--runas", "0"]  # gives up all rights and its root directory even so

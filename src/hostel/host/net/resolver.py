@@ -33,8 +33,10 @@ if TYPE_CHECKING:
 MACHINE_TTL = 1
 LEAST_TIME, MOST_TIME = 300, 86400
 """Seconds that an address of an allowed name stays reachable: programs resolve once and connect later."""
-MAX_PENDING = 64
-"""Of one guest, questions and TCP connections together."""
+MAX_PENDING, MAX_PENDING_IN_ALL = 64, 256
+"""Of one guest and of all, questions and TCP connections together; each has a file descriptor."""
+MAX_ADDRESSES = 128
+"""Of one allowed name at a time: whoever answers for it could think of many, and each is work."""
 
 
 class Resolver:
@@ -49,7 +51,10 @@ class Resolver:
         loop.add(self._tcp.fileno(), self._connection)
 
     def _datagram(self) -> None:
-        message, sender = self._udp.recvfrom(4096)
+        try:
+            message, sender = self._udp.recvfrom(4096)
+        except OSError:  # what was there had a wrong checksum
+            return
 
         def reply(answer: bytes) -> None:
             try:
@@ -73,6 +78,8 @@ class Resolver:
     def enter(self, sender: str) -> bool:
         """Whether this sender may have one more thing pending; ``leave`` when it is done."""
         if self._network.guest_at(sender) is None or self._pending.get(sender, 0) >= MAX_PENDING:
+            return False
+        if sum(self._pending.values()) >= MAX_PENDING_IN_ALL:
             return False
         self._pending[sender] = self._pending.get(sender, 0) + 1
         return True
@@ -102,7 +109,7 @@ class Resolver:
             self.leave(sender)
             reply(self._checked(guest, question, answer))
 
-        Exchange(self.loop, message, done, tcp=tcp)
+        Exchange(self.loop, message, done, tcp=tcp).start()
 
     def _own_answer(self, guest: Guest, question: dns.Question) -> bytes | None:
         """The answer if it is ours to give; None: ask the host's resolver."""

@@ -64,9 +64,22 @@ class State:
 
 
 def _is_open(link: str) -> bool:
-    """A tap has a carrier then, as a wire that is plugged in."""
+    """A tap has a carrier then, as a wire that is plugged in; a macvtap always has one."""
     text = kernel.run([kernel.find("ip"), "-o", "-d", "link", "show", link])
+    if " macvtap " in text:
+        return _held(f"/dev/tap{kernel.index(link)}")
     return " tun " in text and "LOWER_UP" in text
+
+
+def _held(device: str) -> bool:
+    """Whether any process has this file open (proc(5), /proc/pid/fd)."""
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):
+                    if os.readlink(f"/proc/{pid}/fd/{fd}") == device:
+                        return True
+    return False
 
 
 def _links(names: list[str]) -> None:
