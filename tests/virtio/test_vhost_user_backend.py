@@ -15,9 +15,9 @@ from hostel.errors import HostError, MemoryFault
 from hostel.memory import ForeignMemory, GuestMemory, Region
 from hostel.virtio.vhost_user import VhostUserDevice
 from hostel.virtio.vhost_user_backend import Backend
-from hostel.virtio.vsock import Vsock
-from virtio.rig import EVENT_INDEX, Rig, eventually
-from virtio.vsock_guest import CID, PORT, Guest, Program
+from hostel.virtio.vsock import RX, Vsock
+from virtio.rig import EVENT_INDEX, Rig, eventually, wait_fd
+from virtio.vsock_guest import CID, PORT, Guest, Packet, Program
 
 
 class Remote(VhostUserDevice):
@@ -77,6 +77,19 @@ def test_a_guest_that_starts_anew(guest: Served) -> None:
 
 def test_configuration(guest: Served) -> None:
     assert guest.remote.frontend.get_config(0, 8) == CID.to_bytes(8, "little")
+
+
+def test_an_interrupt_while_the_eventfd_changes(rig: Rig, tmp_path: Path) -> None:
+    """A VMM gives another one when the guest masks its interrupt: what went to the last is not lost."""
+    guest = Served(rig, tmp_path, features=EVENT_INDEX)
+    masked = os.eventfd(0, os.EFD_NONBLOCK)
+    guest.remote.frontend.set_vring_call(RX, masked)
+    guest.send(Packet(virtio.VSOCK_OP_REQUEST))
+    assert wait_fd(masked), "the refusal"
+    guest.remote.frontend.set_vring_call(RX, guest.driver.call_fd(RX))
+    assert wait_fd(guest.driver.call_fd(RX), 2)
+    os.close(masked)
+    guest.backend.close()
 
 
 def test_the_vmm_goes(guest: Served) -> None:

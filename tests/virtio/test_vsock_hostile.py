@@ -309,6 +309,16 @@ def test_connections_without_number(
         assert guest.connect(GUEST_PORT + 99).seen == [RESPONSE]
 
 
+def test_a_program_that_does_not_accept(
+    guest: Guest, program: Program, bystander: tuple[Connection, socket.socket]
+) -> None:
+    """Its queue fills up, and then the guest is refused: nothing waits for it."""
+    program.listener.listen(3)
+    with unharmed(bystander):
+        seen = [guest.connect(GUEST_PORT + n).seen[0] for n in range(8)]
+        assert seen == [RESPONSE] * 4 + [RST] * 4
+
+
 def test_no_descriptor_is_left(guest: Guest, program: Program) -> None:
     """Connections are refused, both ways, until there are some again."""
     with many_open():

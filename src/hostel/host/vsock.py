@@ -29,7 +29,8 @@ FIRST_CID = 3
 PORTS = 1 << 32
 LONGEST_SUFFIX = len("_4294967295")
 FILES = 1 << 14
-BACKLOG = 128
+BACKLOG = 4096
+"""A guest is refused, not kept waiting, once so many of its connections have not been accepted."""
 PATIENCE = 10.0
 """Seconds that a connection may take. A guest that is there answers at once."""
 

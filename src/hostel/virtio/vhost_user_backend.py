@@ -194,13 +194,19 @@ class Backend:
         self._start()
 
     def _set_call(self, payload: bytes) -> None:
-        """While the ring runs too, when the guest masks its interrupt: the number stays the same."""
+        """While the ring runs too, when the guest masks its interrupt: the number stays the same.
+
+        Until now an interrupt may have gone where nobody looks any more, and with event index (§2.7.7)
+        the guest would not get another: so it gets one too many.
+        """
         ring, fd = self._ring(payload), self._take_fd(payload)
         if ring.call < 0:
             ring.call = fd
         elif fd >= 0:
             os.dup2(fd, ring.call, inheritable=False)
             os.close(fd)
+            if self._running:
+                os.eventfd_write(ring.call, 1)
 
     def _set_enable(self, payload: bytes) -> None:
         self._ring(payload).enabled = bool(abi.VRING_STATE.unpack(payload)[1])

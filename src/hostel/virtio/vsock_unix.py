@@ -26,7 +26,7 @@ from threading import RLock
 from hostel.errors import HostError
 from hostel.vmm.loop import EventLoop
 
-BACKLOG = 128
+BACKLOG = 1024
 ACCEPTS = 16
 """Connections taken before other devices have their turn."""
 LINE = 32
