@@ -15,7 +15,12 @@ pytestmark = [
     pytest.mark.slow,
 ]
 
-CONNECT = f"import socket; print(socket.create_connection(('{OUTSIDE}', 7), 60).recv(99).decode())"
+CONNECT = f"""
+import socket
+asking = socket.create_connection(("{OUTSIDE}", 7), 60)
+asking.send(b"?")
+print(asking.recv(99).decode())
+"""
 
 
 def test_both_planes_in_one_machine() -> None:

@@ -40,9 +40,12 @@ class Handler(socketserver.StreamRequestHandler):
         self.wfile.write(self.client_address[0].encode())
 socketserver.TCPServer(("", int(sys.argv[1])), Handler).serve_forever()
 """
-CONNECT = (
-    "import socket, sys; print(socket.create_connection((sys.argv[1], 7), 10).recv(99).decode())"
-)
+CONNECT = """
+import socket, sys
+asking = socket.create_connection((sys.argv[1], 7), 10)
+asking.send(b"?")
+print(asking.recv(99).decode())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -186,18 +189,17 @@ def test_no_network(places: tuple[Namespace, Namespace]) -> None:
 
 
 def test_a_tap_of_the_users_own(places: tuple[Namespace, Namespace]) -> None:
-    """Interface up, and the rest is the guest's own affair; two NICs, told apart by their MACs."""
+    """It has the address that was asked for; two NICs, told apart by their MACs."""
     host, _ = places
     host.run(
         "ip tuntap add dev own0 mode tap multi_queue vnet_hdr",
         "ip addr add 192.0.2.1/24 dev own0",
         "ip link set own0 up",
     )
-    net = ("--net", f"tap=own0,mac={MAC},mtu=9000,queues=2", "--net", "nat")
-    configure = "ip addr add 192.0.2.2/24 dev $d"
+    net = ("--net", f"tap=own0,mac={MAC},ip=192.0.2.2/24,mtu=9000,queues=2", "--net", "nat")
     script = (
         f"d=$(basename $(dirname $(grep -l {MAC} /sys/class/net/*/address)));"
-        f" {configure}; cat /sys/class/net/$d/mtu; python3 -c '{CONNECT}' 192.0.2.1"
+        f" cat /sys/class/net/$d/mtu; python3 -c '{CONNECT}' 192.0.2.1"
     )
     try:
         with Echo(host, 7):

@@ -132,7 +132,8 @@ class Nic(_Part, frozen=True):
     plane: NetPlane = "auto"
     mac: str = ""
     address: str = ""
-    """IPv4 address in the guest, with or without ``/prefix``; empty: the network's choice."""
+    """IPv4 address in the guest; empty: the network's choice. On a network that is not hostel's own with its
+    ``/prefix``; empty there: none."""
     mtu: int = 0
     queues: int = 1
     """Pairs of them."""

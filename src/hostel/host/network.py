@@ -4,8 +4,8 @@
 
     Nic.mode                 made on the host                              the guest is told
     nat, isolated            a tap on a bridge of ours (``net/``)          address, gateway, names
-    bridge, macvtap          a tap or macvtap on an interface of the host  nothing: DHCP, or its own
-    tap, vhost-user          nothing: it is there                          nothing
+    bridge, macvtap          a tap or macvtap on an interface of the host  its address, if one was given
+    tap, vhost-user          nothing: it is there                          the same
     user                     a passt process                               address, gateway, names
 
 All of it goes with the machine, also if that is killed: taps are leased from a keeper (``net/keeper``),
@@ -132,10 +132,15 @@ def check(nics: Sequence[Nic], publish: Sequence[Publish], name: str, *, cpus: i
 def _checked(nic: Nic, index: int, name: str, cpus: int) -> Nic:
     from .net import allow
 
-    if nic.address and nic.mode not in OWN:
+    if nic.address and nic.mode == "user":
         raise SpecError(
             f"an address is for networks of hostel's own, not for {nic.mode}",
             cure="use nat or isolated",
+        )
+    if nic.address and nic.mode not in OWN and "/" not in nic.address:
+        raise SpecError(
+            f"how large the network of {nic.address} is, is not known here",
+            cure=f"write its prefix too, such as {nic.address}/24",
         )
     for entry in nic.allow or ():
         allow.parse(entry)
@@ -191,14 +196,21 @@ def _leased(networks: Networks, nic: Nic, lease: Lease) -> Attachment:
     backend: Literal["tap", "macvtap"] = "macvtap" if nic.mode == "macvtap" else "tap"
     mtu = nic.mtu or (answer["mtu"] if answer["mtu"] != 1500 else 0)
     networks.notes += tuple(n for n in answer.get("notes", ()) if n not in networks.notes)
-    return Attachment(_interface(nic, backend, answer["target"], mtu), _link(nic.mac, answer))
+    return Attachment(_interface(nic, backend, answer["target"], mtu), _link(nic, answer))
 
 
-def _link(mac: str, answer: dict[str, Any]) -> GuestLink | None:
-    if "addresses" not in answer:
+def _fixed(nic: Nic, mtu: int = 0) -> GuestLink | None:
+    """On a network that is not ours: what was asked for, if anything was."""
+    if not nic.address:
         return None
+    return GuestLink(mac=nic.mac, addresses=(nic.address,), mtu=nic.mtu or mtu or 1500)
+
+
+def _link(nic: Nic, answer: dict[str, Any]) -> GuestLink | None:
+    if "addresses" not in answer:
+        return _fixed(nic, answer["mtu"])
     return GuestLink(
-        mac=mac,
+        mac=nic.mac,
         addresses=tuple(answer["addresses"]),
         gateway=answer["gateway"],
         dns=tuple(answer["dns"]),
@@ -234,13 +246,13 @@ def _given(nic: Nic) -> Attachment:
                 f"there is no interface {nic.target}",
                 cure=f"ip tuntap add dev {nic.target} mode tap vnet_hdr user $USER (as root)",
             )
-        return Attachment(_interface(nic, "tap", nic.target, nic.mtu), None)
+        return Attachment(_interface(nic, "tap", nic.target, nic.mtu), _fixed(nic))
     path = Path(nic.target)
     if not path.exists() or not stat.S_ISSOCK(path.stat().st_mode):
         raise UserError(
             f"{path} is no socket", cure="start the vhost-user backend first, as a server"
         )
-    return Attachment(_interface(nic, "vhost-user", str(path.resolve()), nic.mtu), None)
+    return Attachment(_interface(nic, "vhost-user", str(path.resolve()), nic.mtu), _fixed(nic))
 
 
 def _foreseen(nic: Nic, runtime: Path, index: int) -> Attachment:
@@ -248,16 +260,16 @@ def _foreseen(nic: Nic, runtime: Path, index: int) -> Attachment:
 
     if nic.mode in OWN:
         answer = fabric.foreseen(nic.mode, nic.target, nic.address, nic.mtu)
-        return Attachment(_interface(nic, "tap", answer["target"], nic.mtu), _link(nic.mac, answer))
+        return Attachment(_interface(nic, "tap", answer["target"], nic.mtu), _link(nic, answer))
     if nic.mode == "user":
         target = str(runtime / f"passt{index}.sock")
         return Attachment(
             _interface(nic, "stream", target, nic.mtu), passt.link(nic, subnet.routes())
         )
     if nic.mode == "bridge":
-        return Attachment(_interface(nic, "tap", "hostel-t0", nic.mtu), None)
+        return Attachment(_interface(nic, "tap", "hostel-t0", nic.mtu), _fixed(nic))
     if nic.mode == "macvtap":
-        return Attachment(_interface(nic, "macvtap", "/dev/tap0", nic.mtu), None)
+        return Attachment(_interface(nic, "macvtap", "/dev/tap0", nic.mtu), _fixed(nic))
     return _given(nic)
 
 
