@@ -2,16 +2,17 @@
 
 The driver is another process that shares the guest's memory and the eventfds, as a vCPU does; it offers a
 request anew as soon as it is done. The peer is what Python can do at best with the same file in the same
-run: a loop of preadv or pwritev, one for each request. Both in the page cache of a file system in memory
-(BENCH_DIR: another place), so that what is measured is the plane and not a disk.
+run: a loop of preadv or pwritev, one for each request. Both on a file in the page cache (BENCH_DIR: where),
+so that what is measured is the plane and not a disk. On a host that others use too, read what is per core.
 
 Keys of ``rows``: ``{hostel,loop}_{read,write}_{seq,rand}_d{1,32}_{mb_per_s,per_s}``, and the same with
 ``_per_core_``: divided by the CPU seconds that the device's process used. Keys of ``ratios``:
-``{read,write}_{seq,rand}_d{1,32}_vs_loop``.
+``{read,write}_{seq,rand}_d{1,32}[_per_core]_vs_loop``. BENCH_CACHE: the disk's cache mode.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import select
@@ -23,10 +24,12 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from _common import report, rows
+import msgspec
+from _common import ratio, report, rows
 
 from hostel.abi import virtio as abi
 from hostel.memory import GuestMemory
+from hostel.spec import CacheMode
 from hostel.virtio.block import Block
 from hostel.virtio.device import QueueWiring
 from hostel.vmm.loop import EventLoop
@@ -35,6 +38,7 @@ MIB = 1 << 20
 SIZE = 256 * MIB
 RING = 256
 SECONDS = float(os.environ.get("BENCH_SECONDS", "0.7"))
+CACHE: CacheMode = msgspec.convert(os.environ.get("BENCH_CACHE", "writeback"), CacheMode)
 RUNS = int(os.environ.get("BENCH_RUNS", "3"))
 DESC, AVAIL, USED, HEADERS, STATUS, DATA = (
     *(0x100000, 0x110000, 0x120000),
@@ -131,7 +135,7 @@ def hostel(case: Case, path: Path) -> tuple[float, float]:
         ours.recv()
         loop = EventLoop()
         loop.start()
-        block = Block(loop, str(path), name="disk")
+        block = Block(loop, str(path), name="disk", cache=CACHE)
         wiring = QueueWiring(0, RING, DESC, AVAIL, USED, kick, call)
         block.activate(memory, 1 << abi.BLK_F_FLUSH | 1 << abi.F_VERSION_1, [wiring])
         cpu, clock = time.process_time(), time.monotonic()
@@ -147,8 +151,8 @@ def hostel(case: Case, path: Path) -> tuple[float, float]:
 
 
 def plain_loop(case: Case, path: Path) -> tuple[float, float]:
-    fd = os.open(path, os.O_RDWR)
-    buffer = [memoryview(bytearray(case.size))]
+    fd = os.open(path, os.O_RDWR | (os.O_DIRECT if CACHE == "none" else 0))
+    buffer = [mmap.mmap(-1, case.size)]
     call: Callable[..., int] = os.preadv if case.operation == "read" else os.pwritev
     offsets, requests = case.offsets(), 0
     cpu, clock = time.process_time(), time.monotonic()
@@ -175,13 +179,14 @@ def main() -> None:
                     key = f"{name}_{case.name}"
                     samples.setdefault(f"{key}_{case.unit}", []).append(figure)
                     samples.setdefault(f"{key}_per_core_{case.unit}", []).append(per_core)
-    table = rows(samples)
     ratios = {
-        f"{case.name}_vs_loop": table[f"hostel_{case.name}_{case.unit}"]["median"]
-        / table[f"loop_{case.name}_{case.unit}"]["median"]
+        f"{case.name}{core}_vs_loop": ratio(
+            samples, f"hostel_{case.name}{core}_{case.unit}", f"loop_{case.name}{core}_{case.unit}"
+        )
         for case in cases
+        for core in ("", "_per_core")
     }
-    report("block_plane", table, ratios)
+    report("block_plane", rows(samples), ratios, cache=CACHE)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hostel.abi import io_uring as abi_uring
 from hostel.abi import virtio as abi
 from hostel.errors import ImageError, SpecError
 from hostel.spec import CacheMode, Limits, Rate
-from hostel.virtio import blk_file
+from hostel.virtio import blk_file, blk_request, plane
 from hostel.virtio.blk_file import DiskFile
 from hostel.virtio.block import Block
 from hostel.virtio.uring import Uring
@@ -233,6 +234,51 @@ def test_a_disk_in_debt_can_be_reset(rig: Rig, image: Path) -> None:
     begun = time.monotonic()
     disk.driver.set_status(0)
     assert time.monotonic() - begun < 1
+
+
+def test_queues_take_turns(rig: Rig, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queue with much to do does not hold up another one."""
+    monkeypatch.setattr(plane, "BATCH", 4)
+    order: list[int] = []
+    finish = blk_request.Request.finish
+
+    def spy(self: blk_request.Request, status: int, written: int) -> None:
+        order.append(self.queue.index)
+        finish(self, status, written)
+
+    monkeypatch.setattr(blk_request.Request, "finish", spy)
+    disk = opened(rig, image, FLUSH | 1 << abi.BLK_F_MQ, queues=2)
+    header = abi.BLK_OUTHDR.pack(abi.BLK_T_IN, 0, 0)
+    with disk.driver.device.lock:  # type: ignore[attr-defined]  # both are there before one is served
+        for index, count in ((0, 20), (1, 2)):
+            for _ in range(count):
+                disk.driver.queues[index].add([header], [512, 1])
+            disk.driver.kick(index)
+    for index, count in ((0, 20), (1, 2)):
+        disk.driver.wait(index, count)
+    assert order.index(1) <= 8
+    assert sorted(order) == [0] * 20 + [1] * 2
+
+
+@pytest.fixture
+def loop_device(image: Path) -> Iterator[str]:
+    made = subprocess.run(
+        ["losetup", "-f", "--show", str(image)], check=False, capture_output=True, text=True
+    )
+    if made.returncode:
+        pytest.skip(f"no loop device here: {made.stderr.strip()}")
+    yield made.stdout.strip()
+    subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
+
+
+@pytest.mark.parametrize("cache", ["writeback", "none"])
+def test_modes_of_a_block_device(rig: Rig, loop_device: str, cache: CacheMode) -> None:
+    disk = opened(rig, Path(loop_device), cache=cache)
+    data = os.urandom(8192)
+    assert disk.write(8, data) == OK
+    assert disk.request(abi.BLK_T_FLUSH)[0] == OK
+    assert disk.read(8, 8192) == (OK, data)
+    rig.unseat(disk.driver)
 
 
 # --- locks -------------------------------------------------------------------------------------

@@ -35,6 +35,8 @@ from .runtime import socket_path
 
 NODE = "disk"
 ANSWER_SECONDS = 30.0
+STOP_SECONDS = 10.0
+"""For what an image keeps in memory to be written to a slow disk."""
 SETTLE = 0.5
 """Seconds in which a daemon that closed its monitor has ended."""
 PACKAGE = "qemu-system-common"
@@ -189,7 +191,7 @@ class Daemon:
     def stop(self) -> None:
         """What the guest was told is flushed has been. Idempotent."""
         self._monitor.close()
-        self.helper.stop()
+        self.helper.stop(STOP_SECONDS)
         self.socket.unlink(missing_ok=True)
 
 
