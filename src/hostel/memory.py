@@ -51,7 +51,8 @@ _FSOPEN, _FSCONFIG, _FSMOUNT = (
 _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 1, 6
 
 # A native-size little-endian field is one load or store in CPython, never bytes one by one: a ring
-# index that the guest is changing is read whole (virtio 1.2 §2.7.13.3 relies on it).
+# index that the guest is changing is read whole (virtio 1.2 §2.7.13.3 relies on it). So is an item of a
+# cast view stored; ``pack_into`` is not used for that: it clears the bytes first, which another thread sees.
 _U16, _U32, _U64 = Struct("<H"), Struct("<I"), Struct("<Q")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -143,13 +144,13 @@ class GuestMemory:
         return value
 
     def write_u16(self, gpa: int, value: int) -> None:
-        _U16.pack_into(self._bytes, self._offset(gpa, 2), value)
+        self.view(gpa, 2).cast("H")[0] = value
 
     def write_u32(self, gpa: int, value: int) -> None:
-        _U32.pack_into(self._bytes, self._offset(gpa, 4), value)
+        self.view(gpa, 4).cast("I")[0] = value
 
     def write_u64(self, gpa: int, value: int) -> None:
-        _U64.pack_into(self._bytes, self._offset(gpa, 8), value)
+        self.view(gpa, 8).cast("Q")[0] = value
 
     def hva(self, gpa: int, size: int = 1) -> int:
         """Our own address of these bytes, for the kernel: a vhost ring, an iovec."""
