@@ -119,3 +119,17 @@ def test_switches_with_a_chosen_word() -> None:
         pytest.skip("no transparent hugepages in this kernel")
     expected = subprocess.run(["grep", "-o", r"\[.*\]", path], capture_output=True, check=True)
     assert f"[{doctor._word(path)}]" == expected.stdout.decode().strip()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace needs root")
+def test_networks_are_tried() -> None:
+    """In a namespace of their own: what works, what the kernel refuses, and a program that is not there."""
+    cost = "no networks"
+    link = ("ip", "link", "add", "try0", "type")
+    works = doctor._tried("bridge", (*link, "bridge"), "iproute2", cost, "modprobe bridge")
+    assert works.state == "ok"
+    refused = doctor._tried("x", (*link, "nothing"), "iproute2", cost, "modprobe x")
+    assert (refused.state, refused.cost) == ("limited", cost)
+    missing = doctor._tried("x", ("nothere",), "some-package", cost, "modprobe x")
+    assert missing.state == "missing"
+    assert missing.cure.endswith("some-package")

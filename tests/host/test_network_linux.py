@@ -37,13 +37,15 @@ from hostel import Machine
 from hostel.spec import Nic, Publish
 one = Machine(engine="qemu", name="one", nics=(Nic(),))
 two = Machine(engine="qemu", name="two", nics=(Nic(allow=("one",)),), publish=(Publish(host=8080, guest=80),))
-with one, two:
-    server = two.popen(["python3", "-IS", "-c", {SERVER!r}], user="root", stdin=None)
-    assert server.read() == ("stdout", b"listens\\n")
+three = Machine(engine="qemu", nics=(Nic(mode="user"),), publish=(Publish(host=8081, guest=80),))
+with one, two, three:
+    for machine in (two, three):
+        server = machine.popen(["python3", "-IS", "-c", {SERVER!r}], user="root", stdin=None)
+        assert server.read() == ("stdout", b"listens\\n")
     print("ready", flush=True)
     for line in sys.stdin:
         who, *argv = json.loads(line)
-        result = dict(one=one, two=two)[who].exec(argv, timeout=30)
+        result = dict(one=one, two=two, three=three)[who].exec(argv, timeout=30)
         print(json.dumps([result.exit_code, result.stdout.decode()]), flush=True)
 """
 
@@ -112,3 +114,10 @@ def test_the_limited_one(places: tuple[Namespace, Namespace, Driver]) -> None:
         == driver.run("one", "hostname", "-I")[1].strip()
     )
     assert driver.run("two", "getent", "hosts", "two.example")[0] != 0
+
+
+def test_user_mode(places: tuple[Namespace, Namespace, Driver]) -> None:
+    host, outside, driver = places
+    assert driver.ask("three", OUTSIDE, 7) == HOST
+    assert ask(outside, HOST, 8081) != ""
+    assert ask(host, "127.0.0.1", 8081) != ""

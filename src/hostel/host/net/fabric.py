@@ -174,14 +174,15 @@ class Network:
         """DNS has told a guest the addresses of a name that it may reach."""
         now = time.monotonic()
         known = {a: end for a, end in guest.names[name].items() if end > now}
-        fresh = [a for a in addresses if known.get(a, now) - now < seconds / 2]
-        addresses = fresh[: max(MAX_ADDRESSES - len(known), 0)]
-        if not addresses:
+        room = max(MAX_ADDRESSES - len(known), 0)
+        fresh = [a for a in addresses if a not in known][:room]
+        fresh += [a for a in addresses if a in known and known[a] - now < seconds / 2]
+        if not fresh:
             return
-        guest.names[name] = {**known, **dict.fromkeys(addresses, now + seconds)}
-        items = ", ".join(f"{address} timeout {seconds}s" for address in addresses)
+        guest.names[name] = {**known, **dict.fromkeys(fresh, now + seconds)}
+        items = ", ".join(f"{address} timeout {seconds}s" for address in fresh)
         which = f"inet {self._bridge} {guest.set_of(name)}"
-        plain = ", ".join(addresses)
+        plain = ", ".join(fresh)
         kernel.nft(
             f"add element {which} {{ {items} }}\n"
             f"delete element {which} {{ {plain} }}\n"  # an element's time cannot be prolonged
