@@ -29,14 +29,20 @@ GET_PROTOCOL_FEATURES = 15
 SET_PROTOCOL_FEATURES = 16
 GET_QUEUE_NUM = 17
 SET_VRING_ENABLE = 18
+SEND_RARP = 19
+NET_SET_MTU = 20
 GET_CONFIG = 24
 SET_CONFIG = 25
+SET_STATUS = 39
 
 F_PROTOCOL_FEATURES = 30
 """A bit among the virtio features that only this protocol uses; never shown to the guest."""
 PROTOCOL_F_MQ = 0
+PROTOCOL_F_RARP = 2
 PROTOCOL_F_REPLY_ACK = 3
+PROTOCOL_F_NET_MTU = 4
 PROTOCOL_F_CONFIG = 9
+PROTOCOL_F_STATUS = 16
 
 MEMORY_HEADER = Record("VhostUserMemory", nregions="I", padding="I")
 MEMORY_REGION = Record(

@@ -3,8 +3,9 @@
 ::
 
     plan.nics ── Interface ─► Net ─┬─► PythonPlane ─► TapPort × queues | StreamPort
-                                   └─► VhostPlane ──► TapPort × queues
-                            └► E1000 ───────────────► TapPort | StreamPort
+                                   ├─► VhostPlane ──► TapPort × queues
+                                   └─► VhostUserPlane ─► a socket, another process
+                            └► E1000 ─► TapPort | StreamPort
 """
 
 from __future__ import annotations
@@ -49,6 +50,10 @@ def _make(board: Board, nic: Interface, name: str) -> VirtioDevice:
 
 
 def _plane(board: Board, nic: Interface, name: str) -> NetPlane:
+    if nic.plane == "vhost-user":
+        from hostel.virtio.net_vhost_user import VhostUserPlane
+
+        return VhostUserPlane(board.loop, nic.target, name=name, mtu=nic.mtu)
     if nic.plane == "vhost":
         from hostel.virtio.net_vhost import VhostPlane
 

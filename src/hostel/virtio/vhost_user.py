@@ -122,6 +122,34 @@ class Frontend:
     def set_config(self, offset: int, data: bytes) -> None:
         self._set(abi.SET_CONFIG, abi.CONFIG_HEADER.pack(offset, len(data), 0) + data)
 
+    def send_rarp(self, mac: bytes) -> None:
+        """Have the network told that ``mac`` is here now, for a driver that cannot do it itself."""
+        self._set(abi.SEND_RARP, mac.ljust(abi.U64.size, b"\0"))
+
+    def net_set_mtu(self, mtu: int) -> None:
+        self._set(abi.NET_SET_MTU, abi.U64.pack(mtu))
+
+    def set_status(self, status: int) -> None:
+        """The virtio device status (§2.1), for a backend that wants to know."""
+        self._set(abi.SET_STATUS, abi.U64.pack(status))
+
+    # -- rings --------------------------------------------------------------------------------
+
+    def start_ring(self, memory: GuestMemory, wiring: QueueWiring, base: int) -> None:
+        """All but what enables it. The kick comes last: from then on the backend works
+        (vhost-user.rst, "Ring states")."""
+        index = wiring.index
+        self.set_vring_num(index, wiring.size)
+        self.set_vring_base(index, base)
+        self.set_vring_addr(
+            index,
+            desc=memory.hva(wiring.desc),
+            used=memory.hva(wiring.used),
+            avail=memory.hva(wiring.avail),
+        )
+        self.set_vring_call(index, wiring.call)
+        self.set_vring_kick(index, wiring.kick)
+
     # -- messages -----------------------------------------------------------------------------
 
     def _set(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
@@ -276,19 +304,8 @@ class VhostUserDevice(VirtioDevice):
     # -- rings --------------------------------------------------------------------------------
 
     def _start_ring(self, memory: GuestMemory, wiring: QueueWiring) -> None:
-        """The kick comes last: from then on the backend works (vhost-user.rst, "Ring states")."""
-        frontend, index = self.frontend, wiring.index
-        frontend.set_vring_num(index, wiring.size)
-        frontend.set_vring_base(index, self._bases.get(index, 0))
-        frontend.set_vring_addr(
-            index,
-            desc=memory.hva(wiring.desc),
-            used=memory.hva(wiring.used),
-            avail=memory.hva(wiring.avail),
-        )
-        frontend.set_vring_call(index, wiring.call)
-        frontend.set_vring_kick(index, wiring.kick)
-        frontend.set_vring_enable(index, True)
+        self.frontend.start_ring(memory, wiring, self._bases.get(wiring.index, 0))
+        self.frontend.set_vring_enable(wiring.index, True)
 
     def _stop_rings(self) -> list[tuple[int, int]]:
         """When it returns the backend does not touch guest memory: it said so, or it is cut off.
