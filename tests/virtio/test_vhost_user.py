@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -302,12 +303,22 @@ import os, socket, sys
 from hostel.virtio.backend import Backend
 from hostel.virtio.fuse import FileSystem, Session, Settings
 with socket.socket(socket.AF_UNIX) as listener:
-    listener.bind(sys.argv[1])
+    listener.bind(sys.argv[1] + "~")
     listener.listen()
+    os.rename(sys.argv[1] + "~", sys.argv[1])
     root = os.open(sys.argv[2], os.O_PATH)
     fs = FileSystem(root, Settings(cache="none"), memory=1 << 28, descriptors=1024)
     Backend(listener.accept()[0], 2, Session(fs).serve).run()
 """
+
+
+def _connected(rig: Rig, path: Path) -> VirtioFs:
+    """The daemon binds its socket, and listens a moment later."""
+    for _ in range(2000):
+        with contextlib.suppress(HelperError):
+            return VirtioFs(rig.loop, "root", str(path))
+        time.sleep(0.005)
+    raise AssertionError("the daemon does not listen")
 
 
 class Share:
@@ -326,8 +337,7 @@ class Share:
             command += [DAEMON, f"--socket-path={path}", "-o", f"source={self.source}"]
             command += ["-o", "sandbox=chroot"]
         self.daemon = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
-        assert eventually(path.exists)
-        self.device = VirtioFs(rig.loop, "root", str(path))
+        self.device = _connected(rig, path)
         self.driver: Driver = rig.seat(transport, self.device)
         self._unique = 1
 

@@ -1,0 +1,99 @@
+"""Rings of malicious drivers whose devices are served by another process: that one may end, the VMM may not,
+nor does anything else in it notice."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from hostel.errors import GuestError
+from hostel.memory import GuestMemory
+from hostel.virtio.backend import Backend
+from hostel.virtio.fs import VirtioFs
+from hostel.virtio.fuse import FileSystem, Session, Settings
+from hostel.virtio.rng import Rng
+from virtio.malice import RINGS
+from virtio.rig import Rig, eventually
+from virtio.subjects import BOUND
+from virtio.test_vhost_user import DAEMON, Share
+
+SIZE, LOW, HIGH = 32 << 20, 28 << 20, 1 << 32
+GUARDS = ((0, 1 << 20), (26 << 20, 2 << 20), (HIGH, SIZE - LOW))
+REQUESTS = 1
+
+
+class Ours:
+    """Our file server, in a thread: what it ends with is seen here."""
+
+    def __init__(self, rig: Rig, folder: Path) -> None:
+        root = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+        self.session = Session(FileSystem(root, Settings(), memory=SIZE, descriptors=64))
+        self.ended: list[BaseException] = []
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(folder / "socket"))
+            listener.listen()
+            self.device = VirtioFs(rig.loop, "tag", folder / "socket")
+            self.driver = rig.on_pci(self.device)
+            backend = Backend(listener.accept()[0], 2, self.session.serve)
+        self._thread = threading.Thread(target=self._run, args=(backend,))
+        self._thread.start()
+
+    def _run(self, backend: Backend) -> None:
+        try:
+            backend.run()
+        except BaseException as error:
+            self.ended.append(error)
+        finally:
+            self.session.close()
+
+    def start(self) -> None:
+        self.driver.start()
+
+    def close(self) -> None:
+        """After the VMM's end has been closed."""
+        self._thread.join()
+        assert isinstance(self.ended[0], GuestError) if self.ended else True
+
+
+class QemusOwn(Share):
+    def __init__(self, rig: Rig, folder: Path) -> None:
+        if not DAEMON.exists():
+            pytest.skip("no virtiofsd of QEMU's")
+        super().__init__(rig, "pci", folder, ours=False)
+
+    def start(self) -> None:
+        self.mount()
+
+
+@pytest.mark.parametrize("server", [Ours, QemusOwn])
+def test_rings(server: type[Ours] | type[QemusOwn], tmp_path: Path) -> None:
+    rig = Rig(GuestMemory(SIZE, low_end=LOW, high_start=HIGH))
+    bystander = rig.on_pci(Rng(rig.loop))
+    bystander.start(base=24 << 20, heap=1 << 16)
+    for start, size in GUARDS:
+        rig.memory.write(start, b"\xa5" * size)
+    for number, (case, (_, play)) in enumerate(RINGS.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        served = server(rig, folder)
+        served.start()
+        play(served.driver.queues[REQUESTS])
+        served.driver.kick(REQUESTS)
+        begun = time.monotonic()
+        assert bystander.request(0, [], [32]).written == 32, case
+        if server is Ours:
+            assert eventually(lambda: served.driver.needs_reset), case  # noqa: B023
+        served.driver.set_status(0)
+        assert served.driver.get_status() == 0, case
+        assert time.monotonic() - begun < BOUND, case
+        rig.unseat(served.driver)
+        served.close()
+        assert not rig.errors, case
+        for start, size in GUARDS:
+            assert rig.memory.view(start, size) == b"\xa5" * size, case
+    rig.close()
