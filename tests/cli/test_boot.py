@@ -31,6 +31,18 @@ def test_without_a_terminal(hostel: Hostel, kernel: str, key: bytes, code: int) 
     assert result.stderr == b""
 
 
+@pytest.mark.nat
+def test_a_network_for_any_kernel(hostel: Hostel, kernel: str) -> None:
+    """Made and attached; what the kernel makes of it is its own affair."""
+    options = ["--verbose", "--engine", "qemu", "-m", "32M", "--timeout", "60", "--net", "nat"]
+    result = hostel("boot", *options, "--kernel", kernel, input=b"o")
+    assert (result.returncode, result.stdout) == (0, b"keys>o")
+    assert b"network: virtio " in result.stderr
+    result = hostel("boot", "--engine", "qemu", "--kernel", kernel, "--net", "tap=nosuch")
+    assert (result.returncode, result.stdout) == (125, b"")
+    assert b"nosuch" in result.stderr
+
+
 def test_end_of_input_is_not_the_end_but_time_is(hostel: Hostel, kernel: str) -> None:
     options = ["-q", "--engine", "qemu", "-m", "32M", "--timeout", "3"]
     result = hostel("boot", *options, "--kernel", kernel, input=b"a")

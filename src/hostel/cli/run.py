@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from hostel.errors import MachineTimeout, UserError
+from hostel.errors import HostError, MachineTimeout, UserError
 from hostel.spec import DEFAULT_MEMORY, Disk, MachineSpec, Nic, Publish, Root, Volume
 
 from . import network, terminal
@@ -274,13 +274,13 @@ class _Run:
 
     def run(self) -> int:
         from hostel import disks
-        from hostel.machine import Machine
 
         from .signals import Signals
 
         options = self._options
         signals = Signals(timeout=options.timeout, stop_timeout=options.stop_timeout)
-        with signals, Machine(self._spec) as machine:
+        with signals, contextlib.ExitStack() as stack:
+            machine = self._start(stack)
             self._boot(machine)
             status, seconds = self._execute(machine, signals)
             signals.ending()
@@ -290,6 +290,19 @@ class _Run:
             say.fail(status.error)
         self._report(machine, status.returncode, seconds)
         return status.returncode
+
+    def _start(self, stack: contextlib.ExitStack) -> Machine:
+        """A network that nobody asked for is no reason to fail."""
+        from hostel.machine import Machine
+
+        options, spec = self._options, self._spec
+        try:
+            return stack.enter_context(Machine(spec))
+        except HostError as error:
+            if not spec.nics or options.net or options.publish or options.allow:
+                raise
+            say.note(f"no network: {error}")
+            return stack.enter_context(Machine(spec.replace(nics=())))
 
     def _boot(self, machine: Machine) -> None:
         """Until the guest can run commands; what runs it is said first, should it fail."""
