@@ -89,6 +89,21 @@ def test_a_large_frame_waits_for_room(stream_nic: StreamNics) -> None:
     assert merged(done) == frame(b"next")
 
 
+def test_a_large_frame_takes_all_the_room(stream_nic: StreamNics) -> None:
+    """It waited, and nothing is left for the next one, which waits in turn."""
+    driver, wire = stream_nic()
+    driver.start(MERGED)
+    offer(driver, 2)
+    large = LARGEST[:9000]
+    wire.send(large, large, frame(b"next"))
+    for _ in range(2):
+        time.sleep(0.05)
+        offer(driver, 3)
+        assert merged(iter(driver.wait(RX, 5))) == large
+        offer(driver, 2)
+    assert received(driver) == frame(b"next")
+
+
 def test_what_no_ring_can_hold_is_dropped(stream_nic: StreamNics) -> None:
     driver, wire = stream_nic()
     driver.start(MERGED, size=4)
@@ -236,9 +251,8 @@ def test_a_flood_starves_nobody(stream_nic: StreamNics, rig: Rig) -> None:
     for thread in threads:
         thread.start()
     try:
-        worst = 0.0
-        for _ in range(20):
-            begin = time.monotonic()
+        worst, end = 0.0, time.monotonic() + 0.5
+        while (begin := time.monotonic()) < end:
             other.request(0, [], [64])
             worst = max(worst, time.monotonic() - begin)
     finally:
@@ -246,4 +260,4 @@ def test_a_flood_starves_nobody(stream_nic: StreamNics, rig: Rig) -> None:
         for thread in threads:
             thread.join()
     assert worst < 1
-    assert driver.device.statistics()["pairs_served"]["0"]["transmit"]["frames"] > 200
+    assert driver.device.statistics()["pairs_served"]["0"]["transmit"]["frames"] > 100

@@ -100,9 +100,9 @@ class Receiver:
         self.starved, pause, turns = False, 0.0, 0
         limit = self._turns_now()
         while turns < limit:
-            if not ahead and not self._pop_ahead():
-                break
             if self._held and not self._release_held(done):
+                break
+            if not ahead and not self._pop_ahead():
                 break
             first = ahead[0]
             try:

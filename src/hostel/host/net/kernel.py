@@ -92,7 +92,7 @@ def set_sysctl(name: str, value: str) -> None:
 
 def interfaces() -> set[str]:
     """Names of this network namespace's interfaces. Not from /sys, which may show another's."""
-    with open("/proc/self/net/dev") as file:
+    with open("/proc/thread-self/net/dev") as file:
         return {line.split(":")[0].strip() for line in file if ":" in line}
 
 
