@@ -60,6 +60,7 @@ class Networks:
 
     def __init__(self) -> None:
         self._pending: list[Callable[[], Attachment]] = []
+        self._attachments: tuple[Attachment, ...] | None = None
         self._undo = contextlib.ExitStack()
         self.notes: tuple[str, ...] = ()
         """What is not ours to mend and still keeps packets back, for the user; with ``attachments``."""
@@ -67,7 +68,7 @@ class Networks:
     @property
     def attachments(self) -> tuple[Attachment, ...]:
         """One for each NIC, in their order. The same each time."""
-        if not hasattr(self, "_attachments"):
+        if self._attachments is None:
             self._attachments = tuple(pending() for pending in self._pending)
         return self._attachments
 

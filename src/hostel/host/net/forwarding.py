@@ -11,7 +11,6 @@ that we opened; the last one closes it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 
@@ -59,7 +58,7 @@ def leave(network: str) -> None:
 def _record() -> Iterator[dict[str, set[str]]]:
     """The record, locked; written back at the end. Its lines: interface, then networks, by tabs."""
     path = f"{PLACE}-{os.stat('/proc/self/ns/net').st_ino}"
-    with open(_lock(path), "r+") as file:
+    with kernel.locked(path) as file:
         opened = {words[0]: set(words[1:]) for line in file if (words := line.rstrip().split("\t"))}
         yield opened
         file.seek(0)
@@ -67,17 +66,3 @@ def _record() -> Iterator[dict[str, set[str]]]:
         file.writelines("\t".join((name, *sorted(of))) + "\n" for name, of in opened.items())
         if not opened:
             os.unlink(path)
-
-
-def _lock(path: str) -> int:
-    """The file that is there, locked: the one that we waited for may have been removed meanwhile."""
-    while True:
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        except OSError as error:
-            raise HostError(f"cannot use {path}: {error.strerror}") from None
-        with contextlib.suppress(OSError):
-            if os.stat(path).st_ino == os.fstat(fd).st_ino:
-                return fd
-        os.close(fd)

@@ -14,17 +14,20 @@ import signal
 import socket
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from hostel.errors import HelperError, HostelError
 from hostel.vmm.loop import EventLoop
 
+from . import kernel
 from .state import State
 
 LIMIT = 1 << 17
 LOG_LIMIT = 1 << 18
+MAKING = "/run/hostel-making"
+"""Held while free names and subnets are looked for and taken: by one keeper of this host at a time, whoever
+started it."""
 
 
 class Fabric(Protocol):
@@ -53,9 +56,12 @@ class Keeper:
 
     def _begin(self) -> None:
         try:
-            with _alone():
-                self._fabric = self._new()
-                self._fabric.make(self.loop)
+            with kernel.locked(MAKING):
+                try:
+                    self._fabric = self._new()
+                    self._fabric.make(self.loop)
+                finally:
+                    os.unlink(MAKING)  # who waits for it makes it anew
         except HostelError as error:
             self._problem = error
         except Exception as error:
@@ -166,20 +172,6 @@ def _fabric(folder: str, kind: str, target: str) -> Fabric:
     from .foreign import Bridge, Macvtap
 
     return Bridge(folder, target) if kind == "bridge" else Macvtap(folder, target)
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """While free names and subnets are looked for and taken: one keeper of this network namespace at a
-    time, whoever started it. Abstract socket names are the namespace's, and go with their process."""
-    with socket.socket(socket.AF_UNIX) as mutex:
-        while True:
-            try:
-                mutex.bind("\0hostel-making-a-network")
-                break
-            except OSError:
-                time.sleep(0.002)
-        yield
 
 
 def _packed(error: HostelError) -> list[str]:

@@ -5,10 +5,13 @@ Programs get their input and give their output in memory files: nobody waits on 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
 import struct
+from collections.abc import Iterator
+from typing import TextIO
 
 from hostel.errors import HostError, MissingTool
 
@@ -110,3 +113,26 @@ def mtu(name: str) -> int:
 def index(name: str) -> int:
     """An interface's number."""
     return socket.if_nametoindex(name)
+
+
+@contextlib.contextmanager
+def locked(path: str) -> Iterator[TextIO]:
+    """A file that all keepers of this host share, made if need be; its holder may remove it."""
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise HostError(f"cannot use {path}: {error.strerror}") from None
+        with open(fd, "r+") as file:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if _is_still(path, fd):
+                yield file
+                return
+
+
+def _is_still(path: str, fd: int) -> bool:
+    """Whether the file that we waited for is the one that is there now."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except OSError:
+        return False

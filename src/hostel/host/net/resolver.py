@@ -35,7 +35,7 @@ LEAST_TIME, MOST_TIME = 300, 86400
 """Seconds that an address of an allowed name stays reachable: programs resolve once and connect later."""
 MAX_PENDING, MAX_PENDING_IN_ALL = 64, 256
 """Of one guest and of all, questions and TCP connections together; each has a file descriptor."""
-MAX_ADDRESSES = 128
+MAX_ADDRESSES = 64
 """Of one allowed name at a time: whoever answers for it could think of many, and each is work."""
 
 

@@ -10,8 +10,9 @@ import sys
 if os.fork():
     os._exit(0)
 
-sys.path.insert(0, __file__.rpartition("/hostel/")[0])
+sys.path.insert(0, os.path.abspath(__file__).rpartition("/hostel/")[0])
+os.chdir("/")  # whatever is mounted where the first machine was started can be unmounted
 
-from hostel.host.net.keeper import main
+from hostel.host.net.keeper import main  # noqa: E402
 
 main(sys.argv[1:])
