@@ -277,6 +277,29 @@ def test_read_only_whatever_is_mounted(tree: Path) -> None:
     assert (tree / "file").read_bytes() == b"content"
 
 
+# -- greed --------------------------------------------------------------------------------------
+
+
+def test_no_more_open_files_than_half_of_the_descriptors(tree: Path) -> None:
+    with FuseSession(tree, descriptors=64) as fs:
+        node = fs.lookup(ROOT, b"file")
+        before = len(os.listdir("/proc/self/fd"))
+        answers = [answer_to(fs, abi.OPEN, node, abi.OPEN_IN.pack(0, 0)) for _ in range(50)]
+        assert answers == [""] * 32 + ["ENFILE"] * 18
+        assert len(os.listdir("/proc/self/fd")) == before + 32
+        assert answer_to(fs, abi.OPENDIR, ROOT, bytes(8)) == "ENFILE"
+        assert fs.lookup(ROOT, b"sub")
+
+
+def test_nodes_without_end(tree: Path) -> None:
+    """Looked up and never forgotten: the same files are the same nodes."""
+    with FuseSession(tree) as fs:
+        for _ in range(1000):
+            for name in (b"file", b"sub", b"out", b".", b".."):
+                fs.lookup(ROOT, name)
+        assert fs.session.statistics()["nodes"] == 4
+
+
 # -- races --------------------------------------------------------------------------------------
 
 

@@ -161,7 +161,10 @@ class Backend:
 
     def _message(self) -> bool:
         """Read one and answer it; False when the monitor has hung up."""
-        header, fds, _, _ = socket.recv_fds(self._sock, abi.HEADER.size, _MOST_FDS)
+        try:
+            header, fds, _, _ = socket.recv_fds(self._sock, abi.HEADER.size, _MOST_FDS)
+        except ConnectionError:  # it was killed
+            return False
         if not header:
             return False
         header += self._read(abi.HEADER.size - len(header))

@@ -22,8 +22,9 @@ DIRENT64 = struct.Struct("<QqHB")
 """``struct linux_dirent64`` as far as the name (getdents(2))."""
 NAME = 19
 SMALLEST = 1 << 10
-LARGEST = 32 << 10
-"""Bytes read of a directory at once; the first holds an entry with the longest name."""
+LARGEST = 4 << 10
+"""Bytes read of a directory at once, and kept for its handle; the first holds an entry with the longest
+name, the last is what a Linux guest asks for."""
 
 
 def opendir(fs: FileSystem, request: Request) -> Answer:

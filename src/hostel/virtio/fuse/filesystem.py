@@ -22,6 +22,9 @@ from .request import Request
 
 BYTES_OF_AN_INODE = 768
 """What a Linux guest's kernel keeps of one, at the least: a guest of so much memory has so many."""
+BYTES_OF_AN_OPEN_FILE = 16 << 10
+"""Guest memory for each file that it may have open: ours to hold, and the host kernel's."""
+FEW_HANDLES = 1024
 FOREVER = 86400
 SHORTLY = 1
 _NANO = 1_000_000_000
@@ -65,6 +68,9 @@ class FileSystem:
         self.handles: dict[int, Handle] = {}
         self.validity = {"auto": SHORTLY, "always": FOREVER, "none": 0}[settings.cache]
         self._next_handle = 1
+        self._most_handles = min(
+            descriptors // 2, max(FEW_HANDLES, memory // BYTES_OF_AN_OPEN_FILE)
+        )
         self._uid, self._gid = os.geteuid(), os.getegid()
         self.is_root = self._uid == 0
 
@@ -87,6 +93,9 @@ class FileSystem:
         return handle if handle is not None else refuse(EBADF)
 
     def keep(self, fd: int, *, writable: bool) -> int:
+        if len(self.handles) >= self._most_handles:
+            os.close(fd)
+            refuse(ENFILE)
         number = self._next_handle
         self._next_handle += 1
         self.handles[number] = Handle(fd, writable=writable)
