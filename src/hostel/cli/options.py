@@ -189,6 +189,16 @@ def volume(text: str) -> Volume:
     return Volume(source=source, target=target, read_only=read_only, **fields)
 
 
+def root(text: str) -> tuple[str, FileServer]:
+    """``host``, a path, and who serves it: ``[,server=NAME]``; in a path, ``,,`` stands for a comma."""
+    path, *words = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
+    servers: dict[str, FileServer] = {f"server={name}": name for name in get_args(FileServer)}
+    for word in words:
+        if word not in servers:
+            raise UserError(f"not a word of a root: {word!r}", cure=f"one of {', '.join(servers)}")
+    return path, servers[words[-1]] if words else "auto"
+
+
 def _volume_word(word: str) -> tuple[str, str]:
     name, _, value = word.partition("=")
     if not value or value not in _VOLUME_WORDS.get(name, (value,)) or name not in _VOLUME_NAMES:

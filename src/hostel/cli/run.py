@@ -16,7 +16,7 @@ import os
 import stat
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 import msgspec
@@ -146,7 +146,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     "Files",
     "--root",
     default="host",
-    metavar="host|PATH",
+    metavar="host|PATH[,server=…]",
     shell_complete=opt.complete_path,
     help="The root: this host's, a directory or a disk image, under a layer of its own.",
 )
@@ -233,9 +233,10 @@ def _default_nic() -> Nic | None:
     return nic
 
 
-def _root(text: str) -> Root:
+def _root(given: str) -> Root:
+    text, server = opt.root(given)
     if text == "host":
-        return Root()
+        return Root(server=server)
     path = os.path.abspath(text)
     try:
         mode = os.stat(path).st_mode
@@ -243,7 +244,8 @@ def _root(text: str) -> Root:
         raise UserError(
             f"root {text}: {error.strerror}", cure="give host, a directory or a disk image"
         ) from None
-    return Root(kind="directory" if stat.S_ISDIR(mode) else "image", path=path)
+    kind: Literal["directory", "image"] = "directory" if stat.S_ISDIR(mode) else "image"
+    return Root(kind=kind, path=path, server=server)
 
 
 def _dry_run(spec: MachineSpec, as_json: bool) -> int:
