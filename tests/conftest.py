@@ -25,8 +25,9 @@ import pytest
 IN_TESTBED = os.environ.get("HOSTEL_TESTBED") == "1"
 SESSION = "HOSTEL_TEST_SESSION"
 CLONE_NEWNET = 0x40000000
-PATIENCE = 5.0
-"""Seconds that a process may take to notice that its machine is gone."""
+PATIENCE = 30.0
+"""Seconds that a process may take to notice that its machine is gone, and to clear up: in the testbed a
+network's rules take some."""
 
 
 def kvm_missing() -> str:

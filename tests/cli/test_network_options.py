@@ -106,7 +106,7 @@ def test_no_ports(text: str) -> None:
 def test_defaults_go_where_they_can() -> None:
     nics = network.nics([Nic(), Nic(plane="python"), Nic(model="e1000")], "vhost", ["1.1.1.1"], bad)
     assert [nic.plane for nic in nics] == ["vhost", "python", "auto"]
-    assert [nic.allow for nic in nics] == [("1.1.1.1",), None, None]
+    assert [nic.allow for nic in nics] == [("1.1.1.1",)] * 3
     assert network.nics([], "auto", [], lambda: Nic(mode="user")) == (Nic(mode="user"),)
     assert network.nics([None], "auto", [], bad) == ()
 
@@ -121,6 +121,7 @@ def bad() -> Nic | None:
         ([None, Nic()], [], "none beside another"),
         ([None], ["1.1.1.1"], "machine with a network"),
         ([Nic(mode="user")], ["1.1.1.1"], "not filtered"),
+        ([Nic(), Nic(mode="tap", target="tap0")], ["1.1.1.1"], "not filtered"),
     ],
 )
 def test_what_contradicts_itself(net: list[Nic | None], allow: list[str], message: str) -> None:

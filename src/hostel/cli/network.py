@@ -4,7 +4,7 @@
 
     --net MODE[=TARGET][,KEY=VALUE…]   a NIC each          ─┐
     --net-plane PLANE                  of all without one   ├─► nics
-    --allow DEST                       of the first         ┘
+    --allow DEST                       of all               ┘
     -p [IP:]HOST:GUEST[/PROTOCOL]      ports, or ranges     ──► publish
 """
 
@@ -182,7 +182,8 @@ def nics(
     if allow:
         if not chosen:
             raise SpecError("--allow is for a machine with a network")
-        chosen[0] = msgspec.structs.replace(chosen[0], allow=tuple(allow))
+        # Of every NIC: what is not on the list is not to be reached by another way.
+        chosen = [msgspec.structs.replace(one, allow=tuple(allow)) for one in chosen]
     return tuple(chosen)
 
 
