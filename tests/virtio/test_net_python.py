@@ -289,6 +289,22 @@ def test_the_tap_is_deleted(rig: Rig, net: Namespace) -> None:
     assert "cut off" in str(driver.device.fault)
 
 
+def test_the_tap_was_deleted_before_the_driver_came(rig: Rig, net: Namespace) -> None:
+    driver = seat(rig, net)
+    net.run("ip link del tap0")
+    driver.start(MERGED | GUEST_OFFLOADS)
+    assert eventually(lambda: driver.needs_reset)
+    assert "the tap refuses us" in str(driver.device.fault)
+
+
+def test_a_command_that_the_host_cannot_follow(rig: Rig, net: Namespace) -> None:
+    driver = seat(rig, net)
+    driver.start(MERGED | GUEST_OFFLOADS | CONTROLLED, indexes=(1, 2))
+    net.run("ip link del tap0")
+    set_offloads = (abi.CTRL_GUEST_OFFLOADS, abi.CTRL_GUEST_OFFLOADS_SET)
+    assert command(driver, *set_offloads, bytes(8)) == abi.ERR
+
+
 def test_the_tap_is_down_for_a_while(rig: Rig, net: Namespace) -> None:
     driver = seat(rig, net)
     driver.start()

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from hostel.boot.acpi import PciPin
-from hostel.errors import HelperError, SpecError
+from hostel.errors import HelperError, HostError, SpecError
 from hostel.plan import Interface, Plan
 from hostel.vmm import layout
 
@@ -103,7 +104,13 @@ def open_ports(nic: Interface) -> Sequence[NetPort]:
     if nic.backend == "stream":
         return [StreamPort(_connect(nic.target))]
     open_queues = open_tap if nic.backend == "tap" else open_macvtap
-    return [TapPort(fd) for fd in open_queues(nic.target, nic.queues)]
+    fds = open_queues(nic.target, nic.queues)
+    try:
+        return [TapPort(fd) for fd in fds]
+    except HostError:
+        for fd in fds:
+            os.close(fd)
+        raise
 
 
 def _connect(path: str) -> socket.socket:

@@ -211,23 +211,31 @@ class Net(QueueDevice):
         if not chain.writable:
             raise QueueError("a control command without room for its answer")
         head, rest = take(chain.readable, COMMAND_SIZE)
-        before = self._control
-        after = None if rest else before.obey(b"".join(head))
-        if after is not None:
-            self._apply(before, after)
-        chain.writable[0][0] = abi.ERR if after is None else abi.OK
+        done = not rest and self._obey(b"".join(head))
+        chain.writable[0][0] = abi.OK if done else abi.ERR
 
-    def _apply(self, before: Control, after: Control) -> None:
+    def _obey(self, command: bytes) -> bool:
+        """Nothing changes where the command is wrong or the host cannot follow it."""
+        before = self._control
+        after = before.obey(command)
+        if after is None:
+            return False
+        try:
+            self._change_plane(before, after)
+        except HostError:
+            return False
         self._control = after
+        self._announcing = self._announcing and not after.acknowledged
+        self._describe()
+        return True
+
+    def _change_plane(self, before: Control, after: Control) -> None:
         if after.filter is not before.filter:
             self.plane.set_filter(after.filter)
         if after.pairs != before.pairs:
             self.plane.set_pairs(after.pairs)
         if after.offloads != before.offloads:
             self.plane.set_offloads(after.offloads)
-        if after.acknowledged:
-            self._announcing = False
-        self._describe()
 
     @property
     def filter(self) -> Filter:

@@ -96,13 +96,19 @@ class TapPort:
 
     def set_offloads(self, offloads: int) -> None:
         flags = sum(flag for feature, flag in _OFFLOADS if offloads >> feature & 1)
-        fcntl.ioctl(self.fd, tun.TUNSETOFFLOAD, flags)
+        self._ask(tun.TUNSETOFFLOAD, flags)
 
     def attach(self, attached: bool) -> None:
         if attached != self._attached:
             flag = tun.IFF_ATTACH_QUEUE if attached else tun.IFF_DETACH_QUEUE
-            fcntl.ioctl(self.fd, tun.TUNSETQUEUE, tun.IFREQ.pack(b"", flag, b""))
+            self._ask(tun.TUNSETQUEUE, tun.IFREQ.pack(b"", flag, b""))
             self._attached = attached
+
+    def _ask(self, request: int, argument: int | bytes) -> None:
+        try:
+            fcntl.ioctl(self.fd, request, argument)
+        except OSError as error:  # it was deleted under us
+            raise HelperError(f"the tap refuses us: {error.strerror}", cost=_COST) from None
 
     def close(self) -> None:
         os.close(self.fd)
