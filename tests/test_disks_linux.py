@@ -127,7 +127,12 @@ def test_discard_shrinks_the_file(guest: Guest) -> None:
 
 
 def test_a_rate_holds_within_a_fifth(guest: Guest) -> None:
-    """12 MiB, of which 4 may come at once."""
-    script = "dd if=/dev/vdd of=/dev/null bs=256k count=48 iflag=direct 2>&1 | tail -n 1"
-    seconds = float(guest.sh(script).split(", ")[-2].split()[0])
-    assert 0.8 < (8 / seconds) / 4 < 1.2
+    """12 MiB, of which 4 may come at once. Never faster; slower only where the host has no time, so that
+    counts if it happens three times."""
+    script = "sleep 1; dd if=/dev/vdd of=/dev/null bs=256k count=48 iflag=direct 2>&1 | tail -n 1"
+    ratios: list[float] = []
+    while len(ratios) < 3 and not (ratios and ratios[-1] > 0.8):
+        seconds = float(guest.sh(script).split(", ")[-2].split()[0])
+        ratios.append(8 / seconds / 4)
+        assert ratios[-1] < 1.2
+    assert max(ratios) > 0.8

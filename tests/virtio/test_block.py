@@ -298,6 +298,9 @@ def test_state_moves(rig: Rig, image: Path) -> None:
 
 def test_closing_leaves_no_thread_and_no_file(rig: Rig, image: Path) -> None:
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ImageError):
+        Block(rig.loop, str(image.parent / "absent"), name="never")
+    assert len(os.listdir("/proc/self/fd")) == files
     for _ in range(5):
         block = Block(rig.loop, str(image), name="once")
         disk = disk_on(rig, block)

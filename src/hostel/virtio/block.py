@@ -73,9 +73,9 @@ class Block(QueueDevice):
         workers: int = WORKERS,
     ) -> None:
         """``loop`` hears of what goes wrong on the disk's own one."""
+        self.disk = DiskFile(path, read_only=read_only, cache=cache)
         super().__init__(EventLoop(partial(_tell, loop)))
         self.name = name
-        self.disk = DiskFile(path, read_only=read_only, cache=cache)
         self.queue_sizes = (QUEUE_SIZE,) * queues
         self.features = _features(read_only, queues)
         self.last_error = ""
