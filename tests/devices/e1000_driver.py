@@ -6,7 +6,8 @@ import struct
 
 from hostel.abi import e1000 as abi
 from hostel.abi import pci
-from hostel.devices.e1000.card import E1000
+from hostel.devices.e1000.card import E1000, UNLIMITED
+from hostel.spec import Limits
 from hostel.virtio.net_port import NetPort
 from hostel.vmm import layout
 from virtio.netns import GUEST_MAC
@@ -23,11 +24,11 @@ DATA = abi.TX_CMD_DEXT | abi.TX_DTYP_DATA
 
 
 class CardDriver:
-    def __init__(self, rig: Rig, port: NetPort) -> None:
+    def __init__(self, rig: Rig, port: NetPort, limits: Limits = UNLIMITED) -> None:
         self.rig = rig
         self.memory = rig.memory
         self.faults: list[str] = []
-        self.card = E1000(rig.loop, rig.memory, port, mac=GUEST_MAC)
+        self.card = E1000(rig.loop, rig.memory, port, mac=GUEST_MAC, limits=limits)
         self.card.on_fault = lambda card, error: self.faults.append(str(error))
         self.card.connect(rig.irqs.line(GSI))
         self.config = layout.ECAM_START + (rig.pci.add(self.card) << 15)

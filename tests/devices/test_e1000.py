@@ -11,9 +11,8 @@ import pytest
 from devices.e1000_driver import DATA, EOP, IFCS, LAST, RING, CardDriver
 from hostel.abi import e1000 as abi
 from hostel.abi import pci
-from hostel.host.tap import open_tap
 from hostel.virtio.net_port import TapPort
-from virtio.netns import GUEST_MAC, HOST_MAC, Namespace, frame, make_tap, raw_socket
+from virtio.netns import GUEST_MAC, HOST_MAC, Namespace, frame, make_tap, plug, raw_socket
 from virtio.rig import Rig, eventually
 
 
@@ -33,7 +32,7 @@ def net() -> Iterator[Namespace]:
 
 @pytest.fixture
 def card(rig: Rig, net: Namespace) -> Iterator[CardDriver]:
-    (fd,) = net.call(open_tap, "tap0")
+    (fd,) = plug(net)
     driver = CardDriver(rig, TapPort(fd))
     yield driver
     driver.card.close()

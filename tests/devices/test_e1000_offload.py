@@ -3,8 +3,10 @@ real network stack: with a tap the kernel cuts, with a stream the card does."""
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -14,9 +16,9 @@ from hostel.abi import e1000 as abi
 from hostel.abi import virtio_net
 from hostel.devices.e1000 import offload
 from hostel.devices.e1000.offload import Context
-from hostel.host.tap import open_tap
+from hostel.spec import Limits, Rate
 from hostel.virtio.net_port import LENGTH, StreamPort, TapPort
-from virtio.netns import GUEST_IP, GUEST_MAC, HOST_IP, HOST_MAC, Namespace, make_tap
+from virtio.netns import GUEST_IP, GUEST_MAC, HOST_IP, HOST_MAC, Namespace, make_tap, plug
 from virtio.rig import Rig, eventually
 
 TCP, IPV4 = abi.TX_CONTEXT_TCP, abi.TX_CONTEXT_IPV4
@@ -159,7 +161,8 @@ def test_a_full_stream_waits_and_goes_on(stream: tuple[CardDriver, socket.socket
             break
     assert not card.sent, "the socket took all"
     while not card.sent:
-        next_frame(sock)
+        if select.select([sock], [], [], 0.01)[0]:
+            next_frame(sock)
     assert card.card.transmitter.dropped == 0
 
 
@@ -180,6 +183,27 @@ def test_a_checksum_by_the_card(stream: tuple[CardDriver, socket.socket]) -> Non
     assert legacy[34:] == sent[34:]
 
 
+def test_a_rate_holds_in_both_directions(rig: Rig) -> None:
+    ours, theirs = socket.socketpair()
+    card = CardDriver(rig, StreamPort(ours), Limits(operations=Rate(50, burst=1)))
+    card.start()
+    out = tcp_frame(b"out" * 10)
+    with theirs:
+        theirs.settimeout(10)
+        started = time.monotonic()
+        for _ in range(5):
+            card.piece(out, LAST)
+        card.kick()
+        for _ in range(5):
+            assert next_frame(theirs)[: len(out)] == out
+            incoming = out.replace(HOST_MAC + GUEST_MAC, GUEST_MAC + HOST_MAC)
+            theirs.sendall(len(incoming).to_bytes(LENGTH, "big") + incoming)
+            assert card.receive()[0][: len(out)] == incoming
+        assert time.monotonic() - started > 8 / 50
+        assert card.sent
+        card.card.close()
+
+
 def test_the_other_end_hangs_up(stream: tuple[CardDriver, socket.socket]) -> None:
     card, sock = stream
     sock.shutdown(socket.SHUT_RDWR)
@@ -192,7 +216,7 @@ def test_a_large_frame_reaches_a_real_stack(rig: Rig) -> None:
     """The host's kernel refuses the connection it never knew (RST): only of a segment that is valid."""
     with Namespace() as net:
         make_tap(net)
-        (fd,) = net.call(open_tap, "tap0")
+        (fd,) = plug(net)
         card = CardDriver(rig, TapPort(fd))
         card.start()
         send_large(card, tcp_frame(bytes(5000), flags=0x10), 1460)

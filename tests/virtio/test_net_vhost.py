@@ -22,6 +22,7 @@ from virtio.netns import (
     Namespace,
     frame,
     make_tap,
+    plug,
     raw_socket,
 )
 from virtio.rig import EVENT_INDEX, Driver, Rig, eventually
@@ -43,7 +44,7 @@ def net() -> Iterator[Namespace]:
 
 def seat(rig: Rig, net: Namespace, transport: str = "pci", pairs: int = 1) -> Driver:
     make_tap(net, several=pairs > 1)
-    ports = [TapPort(fd) for fd in net.call(open_tap, "tap0", pairs)]
+    ports = [TapPort(fd) for fd in plug(net, queues=pairs)]
     return rig.seat(
         transport, Net(rig.loop, VhostPlane(rig.loop, ports), mac=GUEST_MAC, pairs=pairs)
     )

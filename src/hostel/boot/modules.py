@@ -119,7 +119,8 @@ class _Search:
             raise HostError(
                 f"kernel {self.release} has no module {name}{reason}, built in or in {self.directory}",
                 cost="the guest cannot reach its devices or its root without it",
-                cure="take a kernel that has it: hostel kernel ls",
+                cure="take a kernel that has it (hostel kernel ls), or fetch Debian's large one:"
+                " hostel kernel fetch linux-image-amd64",
             )
         return Module(name, path)
 

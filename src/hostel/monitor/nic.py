@@ -83,7 +83,14 @@ def seat_e1000(board: Board, pci: PciBus, undo: ExitStack) -> None:
         from hostel.devices.e1000.card import E1000
 
         (port,) = open_ports(nic)
-        card = E1000(board.loop, board.memory, port, mac=_mac(nic), name=f"net{index}")
+        card = E1000(
+            board.loop,
+            board.memory,
+            port,
+            mac=_mac(nic),
+            name=f"net{index}",
+            limits=nic.limits,
+        )
         undo.callback(card.close)
         card.on_fault = board.owner.device_failed
         card.connect(board.interrupts.line(pin.gsi))

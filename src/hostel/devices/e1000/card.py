@@ -29,6 +29,8 @@ from hostel.abi import e1000 as abi
 from hostel.abi import pci, virtio_net
 from hostel.errors import GuestError, HelperError, HostelError
 from hostel.memory import GuestMemory
+from hostel.spec import Limits
+from hostel.virtio.limit import Limiter
 from hostel.virtio.net_port import HEADER, MAX_FRAME, NetPort
 from hostel.vmm.loop import EventLoop
 from hostel.vmm.pci import PciFunction
@@ -47,6 +49,7 @@ REGISTERS_BAR, IO_BAR = 0, 2
 BATCH = 64
 """Frames received in one go."""
 _ITR_UNIT = 256e-9
+UNLIMITED = Limits()
 
 
 def _unheard(card: E1000, error: HostelError) -> None:
@@ -61,7 +64,14 @@ class E1000(PciFunction):
     ims: int
 
     def __init__(
-        self, loop: EventLoop, memory: GuestMemory, port: NetPort, *, mac: bytes, name: str = "net0"
+        self,
+        loop: EventLoop,
+        memory: GuestMemory,
+        port: NetPort,
+        *,
+        mac: bytes,
+        name: str = "net0",
+        limits: Limits = UNLIMITED,
     ) -> None:
         super().__init__(
             name,
@@ -82,6 +92,8 @@ class E1000(PciFunction):
         self.receiver = Receiver(self.registers, memory, self.counters)
         self.transmitter = Transmitter(self.registers, memory, port, self.counters)
         self.transmitter.connected = lambda: self.phy.link
+        self.transmitter.pay = self._pay
+        self.transmitter.waiting = lambda: self._paused
         self.interrupts = 0
         self._mac = mac
         self._loop = loop
@@ -93,6 +105,10 @@ class E1000(PciFunction):
         self._closed = False
         self._last_interrupt = 0.0
         self._throttle = Timer(loop, self._throttled)
+        self._limiter = Limiter(limits)
+        self._paused = False
+        """No frame passes until the limiter's debt is paid."""
+        self._pause = Timer(loop, self._go_on)
         self.add_bar(REGISTERS_BAR, abi.REGISTERS_SIZE, Window(self))
         self._ports = Ports(self)
         self.add_bar(IO_BAR, abi.IO_SIZE, self._ports, io=True)
@@ -128,6 +144,7 @@ class E1000(PciFunction):
                 self._closed = True
                 self._stop_watching()
                 self._throttle.close()
+                self._pause.close()
                 self._port.close()
 
     # -- registers --------------------------------------------------------------------------------
@@ -156,8 +173,8 @@ class E1000(PciFunction):
 
     @property
     def may_work(self) -> bool:
-        """No DMA without the bus master bit, and none of a card that has stopped."""
-        idle = self._closed or self.fault is not None
+        """No DMA without the bus master bit, and none of a card that has stopped or waits."""
+        idle = self._closed or self._paused or self.fault is not None
         return not idle and bool(self.command & pci.COMMAND_MASTER)
 
     # -- link -------------------------------------------------------------------------------------
@@ -262,7 +279,21 @@ class E1000(PciFunction):
         if self.phy.link and not self.receiver.put(self._scratch[HEADER:size], checked=good):
             return False
         self._held = None
+        self._pay(size - HEADER)
         return True
+
+    def _pay(self, size: int) -> None:
+        wait = self._limiter.take(size)
+        if wait:
+            self._paused = True
+            self._pause.arm(wait)
+
+    def _go_on(self) -> None:
+        with self.lock:
+            self._paused = False
+            self.transmit()
+            self._watch()
+            self.receive_again()
 
     def _watch(self) -> None:
         """Wait for frames unless one is held, and for room if one could not go."""

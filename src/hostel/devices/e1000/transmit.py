@@ -51,6 +51,10 @@ class Transmitter:
         self._ring = Ring(registers, abi.TDBAL, memory)
         self.connected: Callable[[], bool] = lambda: True
         """Whether there is a link; without one frames are sent nowhere."""
+        self.pay: Callable[[int], None] = lambda size: None
+        """Told the size of each frame that went."""
+        self.waiting: Callable[[], bool] = lambda: False
+        """Whether nothing more may go for now."""
         self.dropped = 0
         self.reset()
 
@@ -79,6 +83,8 @@ class Transmitter:
                 return causes, False
             if self._unfinished is not None:
                 causes |= self._finish_descriptor(*self._unfinished)
+            if self.waiting():
+                return causes, False
             if not self._registers.get(abi.TCTL, 0) & abi.TCTL_EN or not self._ring.ready:
                 return causes, False
             self._take(self._ring.read())
@@ -220,19 +226,19 @@ class Transmitter:
 
     def _flush(self) -> bool:
         """Whether all of the outbox went. What the host refuses of a frame is the frame's loss."""
-        while self._outbox:
+        while self._outbox and not self.waiting():
             header, *pieces = self._outbox[0]
+            size = sum(map(len, pieces))
             try:
                 self._port.send([memoryview(piece) for piece in (header, *pieces)])
-                self._counters.sent(
-                    b"".join(bytes(p[:6]) for p in pieces)[:6], sum(map(len, pieces))
-                )
+                self._counters.sent(b"".join(bytes(p[:6]) for p in pieces)[:6], size)
+                self.pay(size)
             except BlockingIOError:
                 return False
             except OSError:
                 self.dropped += 1
             self._outbox.popleft()
-        return True
+        return not self._outbox
 
 
 def _shift(tag: int | None) -> int:
