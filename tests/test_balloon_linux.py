@@ -12,8 +12,8 @@ from hostel.machine import Machine
 from hostel.spec import EngineName
 
 MIB = 1 << 20
-SIZE, SMALL, FILE = 512 * MIB, 384 * MIB, 128 * MIB
-PATIENCE = 60.0
+SIZE, SMALL, FILE = 512 * MIB, 448 * MIB, 64 * MIB
+PATIENCE = 240.0
 WRITE = f"head -c {FILE} /dev/zero > /scratch/file && stat -c %s /scratch/file"
 ENGINES = [
     pytest.param("qemu", marks=[pytest.mark.qemu, pytest.mark.slow]),
@@ -75,7 +75,7 @@ def test_a_target(machine: Machine) -> None:
     fill(machine)
     full = resident(machine)
     empty(machine)
-    assert machine.balloon("384M").target == SMALL
+    assert machine.balloon("448M").target == SMALL
     assert eventually(lambda: has(machine, SMALL))
     assert full - resident(machine) > FILE * 3 // 4
     assert eventually(lambda: machine.balloon().statistics["free_memory"] < SMALL)
