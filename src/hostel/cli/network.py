@@ -128,8 +128,8 @@ def _range(match: re.Match[str], name: str) -> range:
     return range(first, int(match[f"{name}_end"] or first) + 1)
 
 
-def options(function: F) -> F:
-    """``--net``, ``--net-plane``, ``-p``, ``--allow``."""
+def options(function: F, *, default: str = "") -> F:
+    """``--net``, ``--net-plane``, ``-p``, ``--allow``. ``default``: what there is without ``--net``."""
     section = "Network"
     return apply(
         function,
@@ -141,7 +141,8 @@ def options(function: F) -> F:
             type=nic,
             multiple=True,
             metavar="MODE[=TARGET][,KEY=VALUE…]",
-            help=f"A network: {', '.join(MODES)}. Keys: {', '.join(_KEYS)}.",
+            help=f"A network: {', '.join(MODES)}. Keys: {', '.join(_KEYS)}."
+            f" [default: {default or NONE}]",
         ),
         option(
             section,

@@ -16,6 +16,7 @@ import os
 import stat
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -163,7 +164,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 )
 @option("Files", "--tmpfs", multiple=True, metavar="DIR", help="An empty file system in memory.")
 @option("Files", "--read-only", is_flag=True, help="The root cannot be written.")
-@network.options
+@partial(network.options, default="nat; without root, user")
 @opt.machine
 @option("Machine", "--name", default="", metavar="NAME", help="The machine's name.")
 @option(
