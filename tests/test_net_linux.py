@@ -145,7 +145,10 @@ def test_the_cable_is_pulled(lab: Lab) -> None:
 
 
 def test_the_path_has_no_exits(lab: Lab) -> None:
-    """Kicks are ioeventfds, interrupts irqfds: a ping is no exit that Python sees."""
+    """Kicks are ioeventfds, interrupts irqfds: a ping is no exit that Python sees. (On MMIO the driver
+    acknowledges each interrupt in a register: two exits.)"""
+    if lab.machine.spec.transport == "mmio":
+        pytest.skip("a register of virtio-mmio is an exit")
     lab.sh(f"ping -c 2 {HOST_IP}")
     before = _mmio_exits(lab)
     lab.sh(f"ping -c 20 -i 0.01 {HOST_IP}")

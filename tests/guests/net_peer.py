@@ -9,7 +9,7 @@ import hashlib
 import socket
 import sys
 
-SIZE = 8 << 20
+SIZE = 4 << 20
 CHUNK = bytes(range(256)) * 256
 
 
