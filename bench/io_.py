@@ -342,8 +342,9 @@ def in_a_child(name: str, work: Path) -> dict[str, Any]:
     done = subprocess.run(argv, stdout=subprocess.PIPE, check=False, timeout=900)
     if done.returncode:
         raise SystemExit(f"{name} could not be measured")
-    print(f"{name}: done", file=sys.stderr)
     result: dict[str, Any] = json.loads(done.stdout)
+    told = ", ".join(f"{what} {value:.4g}" for what, value in result["samples"].items())
+    print(f"{name}: {told}", file=sys.stderr)
     return result
 
 
