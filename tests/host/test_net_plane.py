@@ -60,7 +60,6 @@ def test_a_host_without_vhost() -> None:
     ("nic", "backend", "message"),
     [
         (Nic(plane="vhost"), "stream", "name python"),
-        (Nic(plane="vhost", model="e1000"), "tap", "e1000 is emulated"),
         (Nic(plane="vhost", limits=LIMITED), "tap", "rate limits"),
         (Nic(plane="vhost-user"), "tap", "name vhost or python"),
         (Nic(plane="python"), "vhost-user", "name vhost-user"),
