@@ -304,8 +304,9 @@ class _Run:
         except HostError as error:
             if not spec.nics or options.net or options.publish or options.allow:
                 raise
-            say.note(f"no network: {error}")
-            return stack.enter_context(Machine(spec.replace(nics=())))
+            machine = stack.enter_context(Machine(spec.replace(nics=())))
+            say.note(f"no network: {error}")  # if it was something else, that has been raised again
+            return machine
 
     def _boot(self, machine: Machine) -> None:
         """Until the guest can run commands; what runs it is said first, should it fail."""
