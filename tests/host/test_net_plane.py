@@ -61,9 +61,7 @@ def test_a_host_without_vhost() -> None:
     [
         (Nic(plane="vhost"), "stream", "name python"),
         (Nic(plane="vhost", limits=LIMITED), "tap", "rate limits"),
-        (Nic(plane="vhost-user"), "tap", "name vhost or python"),
         (Nic(plane="python"), "vhost-user", "name vhost-user"),
-        (Nic(model="e1000"), "vhost-user", "use the model virtio"),
     ],
 )
 def test_what_cannot_be(nic: Nic, backend: Backend, message: str) -> None:
