@@ -14,8 +14,10 @@ import pytest
 from guests.machine import PATIENCE, POWEROFF, RESET, SPIN, machine, planned, say
 from hostel.errors import HostelError, ImageError, MachineStopped, SpecError
 from hostel.monitor import Monitor
+from hostel.monitor.board import Board
 from hostel.plan import Drive, Ending
 from hostel.spec import Disk
+from hostel.vmm.pci import PciBus, PciFunction
 
 pytestmark = pytest.mark.kvm
 
@@ -179,6 +181,35 @@ def test_a_kernel_that_is_none_leaves_nothing(tmp_path: Path) -> None:
         assert open_files() == before
 
 
+def test_stop_while_the_devices_are_seated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a reset, for the first ``start`` is waited for."""
+    seat, close = Board._seat_virtio, Board.close
+    closed: list[Board] = []
+
+    def slow_seat(self: Board) -> None:
+        time.sleep(0.2)
+        seat(self)
+
+    def slow_close(self: Board) -> bool:
+        result = close(self)
+        time.sleep(0.2)
+        closed.append(self)
+        return result
+
+    monkeypatch.setattr(Board, "_seat_virtio", slow_seat)
+    monkeypatch.setattr(Board, "close", slow_close)
+    with machine(RESET, on_reboot="restart") as monitor:
+        deadline = time.monotonic() + PATIENCE
+        while monitor.restarts < 1 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        while (board := monitor._board) is None or monitor._report is not None:
+            time.sleep(0.005)
+            assert time.monotonic() < deadline
+        monitor.stop()
+        assert board in closed
+        assert monitor.wait(0) == Ending("stopped")
+
+
 def test_pinning_to_a_cpu_that_is_not_there() -> None:
     with planned(SPIN, pin=(4095,)) as plan, pytest.raises(SpecError, match="no pCPU 4095"):
         Monitor(plan).start()
@@ -263,7 +294,6 @@ def test_reading_pci_config_space_is_no_exit() -> None:
 def test_the_window_in_pci_config_space_reads_through() -> None:
     # virtio 1.2 §4.1.4.9: the capability of type 5 is looked for; it reads device_status, then more.
     source = f"""
-        2:  cmpl $0x10431af4, {CONSOLE:#x}; jne 2b                      # this guest may come before the bus
         movzbl {CONSOLE + 0x34:#x}, %esi
     0:  add ${CONSOLE:#x}, %esi
         cmpb $5, 3(%esi); je 1f
@@ -276,6 +306,23 @@ def test_the_window_in_pci_config_space_reads_through() -> None:
     with machine(source) as monitor:
         assert ending(monitor) == Ending("debug-exit", code=1)
         assert monitor.console.history() == b"\0\3"
+
+
+def test_a_guest_that_comes_early_waits_for_the_whole_bus(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = PciBus.add
+
+    def slowly(self: PciBus, function: PciFunction) -> int:
+        time.sleep(0.1)
+        return add(self, function)
+
+    monkeypatch.setattr(PciBus, "add", slowly)
+    rng = CONSOLE + (1 << 15)
+    source = f"""
+        cmpl $0x10431af4, {CONSOLE:#x}; jne 1f; cmpl $0x10441af4, {rng:#x}; jne 1f
+        mov $0, %al; out %al, $0xf4; 1: mov $1, %al; out %al, $0xf4
+    """
+    with machine(source) as monitor:
+        assert ending(monitor) == Ending("debug-exit", code=1)
 
 
 ECHO = """
@@ -382,8 +429,11 @@ def test_a_disk_that_cannot_be_opened_leaves_nothing(body: str, tmp_path: Path) 
         bad = msgspec.structs.replace(plan, disks=(Drive(Disk(path=str(disk))),))
         for _ in range(2):  # the first time some things are cached
             before = open_files()
-            outcome = attempt(Monitor(bad))
+            monitor = Monitor(bad)
+            outcome = attempt(monitor)
             assert str(disk) in outcome or (body, outcome) == (POWEROFF, "poweroff")
+            monitor.stop()
+            assert monitor.wait(0) is not None
         assert not [t for t in threading.enumerate() if t.name.startswith("hostel-vcpu")]
         assert open_files() == before
 

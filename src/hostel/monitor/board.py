@@ -142,10 +142,10 @@ class Board:
 
     def halt(self) -> None:
         """Ask every vCPU to come out; from any thread."""
-        self.ports.release()
-        self.mmio.release()
         for thread in self.threads:
             thread.request_stop()
+        self.ports.release()
+        self.mmio.release()
 
     def close(self) -> bool:
         """Whether all is given back. A vCPU thread that does not end keeps what it may still use."""
@@ -245,6 +245,8 @@ class Board:
 
     def poll_input(self) -> None:
         """The console has input. On the event loop."""
+        if self._closed:
+            return
         if self.terminal is not None and self.terminal.is_dev_console:
             self.terminal.poll_input()
             return
@@ -267,8 +269,8 @@ class Board:
             "memory_allocated": self.memory.allocated,
             "devices": self.ports.statistics() | self.mmio.statistics(),
             "unclaimed": {
-                "ports": {f"{port:#x}": count for port, count in self.ports.unclaimed.items()},
-                "mmio": {f"{address:#x}": count for address, count in self.mmio.unclaimed.items()},
+                "ports": _by_address(self.ports),
+                "mmio": _by_address(self.mmio),
             },
             "virtio": {device.name: device.statistics() for device in self.virtio},
             "cards": {card.name: card.statistics() for card in self.cards},
@@ -289,3 +291,8 @@ class Board:
             "vm": self._vm_stats.read(),
             "vcpus": [stats.read() for stats in self._vcpu_stats],
         }
+
+
+def _by_address(bus: Bus) -> dict[str, int]:
+    """The accesses that nobody answered; of a copy, for a vCPU may add to them meanwhile."""
+    return {f"{address:#x}": count for address, count in dict(bus.unclaimed).items()}

@@ -84,8 +84,8 @@ class Monitor:
                 check_pins(self.plan.spec.pin)
                 self._open()
                 self._power_on()
-            except BaseException:
-                self._undo.close()
+            except BaseException as error:
+                self._finish(Ending("error", str(error)))
                 raise
 
     def wait(self, timeout: float | None = None) -> Ending | None:
@@ -94,6 +94,8 @@ class Monitor:
     def stop(self) -> None:
         """Not from the event loop or a console's subscriber: it waits for both."""
         with self._life, self._lock:
+            if self._settled.is_set():
+                return
             self._stopping = True
             never_started = self._board is None and self._report is None
         if never_started:
@@ -192,7 +194,8 @@ class Monitor:
         if (board := self._board) is not None:
             board.poll_input()
 
-    def _power_on(self) -> None:
+    def _power_on(self) -> bool:
+        """Whether the machine is on: not if it is being stopped."""
         end = self._guest_end
         board = self._make_board(None if end is None else end.fileno())
         self._panic.power_on()
@@ -206,6 +209,7 @@ class Monitor:
             board.close()
         else:
             self._seat(board)
+        return not stopping
 
     def _make_board(self, agent_fd: int | None) -> Board:
         """The kernel is on its way into memory while Python imports what makes the rest."""
@@ -249,9 +253,8 @@ class Monitor:
             ending = self._power_off()
             if ending.kind == "reset" and self.plan.spec.on_reboot == "restart":
                 self.restarts += 1
-                self._power_on()
-                if not self._stopping:
-                    return
+                if self._power_on():
+                    return  # to its own ending, of which there may be word by now
                 ending = Ending("stopped")
         except HostelError as error:
             ending = Ending("error", str(error))

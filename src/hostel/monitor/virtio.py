@@ -59,20 +59,25 @@ def seat_on_pci(board: Board, undo: ExitStack) -> None:
         undo.callback(function.close)
         board.pci.add(function)
         board.virtio.append(device)
+    ecam.show()
 
 
 class Ecam:
     """PCI config space as memory that the guest may read and not write: a read is no exit. A scan of
-    the bus is some 100 reads for each function."""
+    the bus is some 100 reads for each function. Shown when all functions are there, for the guest runs."""
 
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
-        self._shown = True
+        self._shown = False
         area = mmap.mmap(-1, layout.ECAM_SIZE)
         area.write(b"\xff" * layout.ECAM_SIZE)
-        hva = ctypes.addressof(ctypes.c_char.from_buffer(area))
-        vm.map(SLOT, Region(layout.ECAM_START, layout.ECAM_SIZE, hva, 0), read_only=True)
+        self._hva = ctypes.addressof(ctypes.c_char.from_buffer(area))
         self.memory = memoryview(area)
+
+    def show(self) -> None:
+        region = Region(layout.ECAM_START, layout.ECAM_SIZE, self._hva, 0)
+        self._vm.map(SLOT, region, read_only=True)
+        self._shown = True
 
     def remove(self) -> None:
         """Reads are exits from now on. With the PCI bus's lock held."""

@@ -122,9 +122,10 @@ class Bus:
         self._held = threading.Event()
 
     def release(self) -> None:
-        if self._held is not None:
-            self._held.set()
-            self._held = None
+        """Idempotent; from any thread."""
+        held, self._held = self._held, None
+        if held is not None:
+            held.set()
 
     def _wait(self) -> None:
         if (held := self._held) is not None:
