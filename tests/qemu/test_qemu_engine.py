@@ -196,7 +196,7 @@ def test_killed_qemu_is_an_error_with_its_signal(make: Make) -> None:
 
 
 def test_disk_that_is_not_there(make: Make, tmp_path: Path) -> None:
-    engine = make(disks=(Drive(Disk(path=str(tmp_path / "none.img"))),))
+    engine = make(disks=(Drive(Disk(path=str(tmp_path / "none.img"), format="raw")),))
     with pytest.raises(HelperError, match=r"qemu ended with 1: .*none.img.*No such file"):
         engine.start()
     assert not engine.plan.runtime.joinpath("qemu.pid").exists()
