@@ -43,21 +43,20 @@ class Lease:
     """A NIC on a network, as long as it is open. Asked for at once; ``answer`` waits."""
 
     def __init__(self, kind: str, target: str, request: dict[str, Any]) -> None:
-        base = runtime.base()
-        self._folder = base / f"{PREFIX}{kind}-{_word(target)}-{_namespace()}"
+        self._base = runtime.base()
+        self._folder = self._base / f"{PREFIX}{kind}-{_word(target)}-{_namespace()}"
+        self._network = (kind, target)
+        self._request = msgspec.json.encode(request)
+        self._socket: socket.socket | None = None
         self._starting = 0
         self._answer: dict[str, Any] | None = None
-        with _locked(base):
-            self._socket = _connect(self._folder)
-            if self._socket is None:
-                self._socket, self._starting = _start(self._folder, (kind, target))
-            self._send(request)
+        self._ask()
 
     def answer(self) -> dict[str, Any]:
         """What the keeper made; or the error that it had."""
         if self._answer is None:
             try:
-                self._answer = self._receive()
+                self._answer = self._understood(self._receive() or self._ask_again())
             except BaseException:
                 self.close()
                 raise
@@ -72,18 +71,33 @@ class Lease:
             os.waitpid(self._starting, 0)
             self._starting = 0
 
-    def _send(self, request: dict[str, Any]) -> None:
-        assert self._socket is not None
-        self._socket.settimeout(PATIENCE)
-        with contextlib.suppress(OSError):  # a keeper that has ended says why below
-            self._socket.send(msgspec.json.encode(request))
+    def _ask(self) -> None:
+        with _locked(self._base):
+            self._socket = _connect(self._folder)
+            if self._socket is None:
+                self._socket, self._starting = _start(self._folder, self._network)
+            self._socket.settimeout(PATIENCE)
+            with contextlib.suppress(OSError):  # a keeper that has ended does not answer either
+                self._socket.send(self._request)
 
-    def _receive(self) -> dict[str, Any]:
+    def _ask_again(self) -> bytes:
+        """A keeper that is being killed may take a connection and end: its socket lives as long as the
+        last of its threads. Whoever is asked next is another one."""
+        self.close()
+        self._ask()
+        return self._receive()
+
+    def _receive(self) -> bytes:
+        """Nothing, if the keeper ended."""
         assert self._socket is not None
         try:
-            data = self._socket.recv(LIMIT)
+            return self._socket.recv(LIMIT)
+        except TimeoutError:
+            raise HelperError(f"the network's keeper said nothing in {PATIENCE:g} s") from None
         except OSError:
-            data = b""
+            return b""
+
+    def _understood(self, data: bytes) -> dict[str, Any]:
         if not data:
             raise HelperError(f"the network's keeper failed: {_last_words(self._folder / 'log')}")
         answer: dict[str, Any] = msgspec.json.decode(data)
