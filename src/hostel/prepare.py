@@ -25,7 +25,6 @@ from .errors import KvmError, SpecError
 from .host import kernels
 from .host.attaching import foreseen, interfaces
 from .host.inputs import checked_disks, readable
-from .host.shares import Served, choose
 from .host.verdict import verdict
 from .plan import Drive, Plan, Share, Vsock
 from .spec import Disk, MachineSpec
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from .guest.steps import Step
     from .host.interface import Attachment
     from .host.network import Networks
+    from .host.shares import Served
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -145,6 +145,8 @@ def prepare(
 
 def _share_notes(spec: MachineSpec, served: Sequence[Served]) -> Iterator[str]:
     """Where ``auto`` did not take the fastest."""
+    from .host.shares import choose
+
     choices = [choose(share, spec.memory) for share in served if share.server == "auto"]
     for reason in dict.fromkeys(one.reason for one in choices if one.server == "python"):
         yield f"files are served by hostel itself, which takes longer: {reason}"
@@ -198,6 +200,8 @@ def _drives(disks: tuple[Disk, ...], choice: Choice, runtime: Path) -> Iterator[
 
 
 def _disk_notes(disks: tuple[Disk, ...]) -> Iterator[str]:
+    if not disks:
+        return
     from .host import images, storage
 
     for disk in disks:

@@ -20,7 +20,6 @@ import re
 import stat
 from collections.abc import Callable, Sequence
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -31,7 +30,6 @@ from hostel.errors import HostError, SpecError, UserError
 from hostel.spec import Nic, Publish
 
 from .interface import Attachment, GuestLink, Interface
-from .net_plane import choose
 from .runtime import socket_path
 
 if TYPE_CHECKING:
@@ -151,6 +149,8 @@ def _checked(nic: Nic, index: int, name: str, cpus: int) -> Nic:
 
 def _default_mac(name: str, index: int) -> str:
     """Locally administered; the same each time for a machine with a name."""
+    from hashlib import sha256
+
     digest = sha256(f"{name}/{index}".encode()).digest() if name else os.urandom(8)
     first = digest[0] & ~_MULTICAST | _LOCALLY_ADMINISTERED
     return ":".join(f"{byte:02x}" for byte in (first, *digest[1:6]))
@@ -223,6 +223,8 @@ def _link(nic: Nic, answer: dict[str, Any]) -> GuestLink | None:
 def _interface(
     nic: Nic, backend: Literal["tap", "macvtap", "stream", "vhost-user"], target: str, mtu: int
 ) -> Interface:
+    from .net_plane import choose
+
     plane, reason = choose(nic, backend)
     return Interface(
         model=nic.model,
