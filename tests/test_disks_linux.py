@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,3 +137,22 @@ def test_a_rate_holds_within_a_fifth(guest: Guest) -> None:
         ratios.append(8 / seconds / 4)
         assert ratios[-1] < 1.2
     assert max(ratios) > 0.8
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system: needs root")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_full_host_is_an_io_error_and_the_machine_goes_on(engine: str, tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", tmp_path], check=True)
+    try:
+        image = tmp_path / "disk.img"
+        image.touch()
+        os.truncate(image, 16 * MIB)
+        disks = (Disk(path=str(image)),)
+        with hostel.Machine(engine=engine, disks=disks, memory=256 * MIB) as vm:
+            write = ["dd", "if=/dev/zero", "of=/dev/vda", "bs=1M", "count=16", "conv=fsync"]
+            result = vm.exec(write, user="root", timeout=60)
+            assert result.exit_code == 1
+            assert b"Input/output error" in result.stderr
+            assert vm.exec(["head", "-c", "1", "/dev/vda"], user="root", timeout=60).stdout == b"\0"
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)

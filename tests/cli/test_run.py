@@ -270,6 +270,7 @@ BAD = [
     (["--append", "two\nlines"], "one printable line"),
     (["--disk", "{}/none"], "disk"),
     (["--disk", "{}"], "is a directory"),
+    (["--disk", "/dev/null"], "is neither a file nor a block device"),
     (["--disk", "{}/disk.qcow2"], "qcow2"),
     (["--root", "{}/text"], "root"),
     (["-v", "{}/none:/mnt"], "volume"),

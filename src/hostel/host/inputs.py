@@ -20,8 +20,9 @@ def _checked(disk: Disk) -> Disk:
     from .images import format_of
 
     path = readable(disk.path, "disk")
-    if path.is_dir():
-        raise ImageError(f"disk {path} is a directory", cure="give an image or a block device")
+    if not (path.is_file() or path.is_block_device()):
+        kind = "a directory" if path.is_dir() else "neither a file nor a block device"
+        raise ImageError(f"disk {path} is {kind}", cure="give an image or a block device")
     if not (disk.read_only or disk.overlay or os.access(path, os.W_OK)):
         raise ImageError(
             f"disk {path} cannot be written", cure=f"give {disk.path}:ro, or {disk.path},overlay"

@@ -157,7 +157,9 @@ def _disk(plan: Plan, index: int, drive: Drive) -> Iterator[str]:
     serial = {"serial": disk.serial} if disk.serial else {}
     through = {"write-cache": "off"} if disk.cache == "writethrough" else {}
     queues = {"num-queues": disk.queues}
-    yield from _device(plan, "virtio-blk", drive=node, **serial, **through, **queues)
+    # The default for a full host is to stop the machine until somebody says "cont".
+    errors = {"werror": "report", "rerror": "report"}
+    yield from _device(plan, "virtio-blk", drive=node, **serial, **through, **queues, **errors)
 
 
 def _device(plan: Plan, name: str, **properties: str | int | bool) -> Iterator[str]:
