@@ -15,7 +15,7 @@ import pytest
 from guests.names import NXDOMAIN, NameServer, exchange, gateway, look_up, message
 from guests.namespaces import HOST, OUTSIDE, Echo, Guest, Namespace, ask, missing, reached, world
 from hostel.errors import SpecError
-from hostel.host.net import allow
+from hostel.host.net import allow, kernel
 from hostel.host.net.resolver import MAX_ADDRESSES
 from hostel.host.network import attach
 from hostel.spec import Nic, Publish
@@ -32,7 +32,7 @@ NAMES = {
     "metadata.test": "169.254.169.254",
 }
 ALLOW = (
-    *("good.test:7", "many.test:9", "host.test", "metadata.test", "neighbour"),
+    *("good.test:7", "many.test:9", "host.test", "metadata.test", "other.example", "neighbour"),
     *(f"{OTHER}:9/tcp", "198.51.100.0/24:7", "0.0.0.0/0:443"),
 )
 
@@ -113,6 +113,56 @@ def test_a_name_does_not_lead_to_the_host(scene: Scene) -> None:
     assert OUTSIDE in ruleset
     assert "169.254.169.254" not in ruleset
     assert HOST not in ruleset
+
+
+def test_a_name_does_not_lead_to_another_machine(scene: Scene) -> None:
+    """Only a machine's own name does; the world's name servers do not answer for the network."""
+    scene.names["other.example"] = scene.stranger.address
+    assert look_up(scene.limited, "other.example") == [scene.stranger.address]
+    assert reached(scene.limited, [(scene.stranger.address, 9, "tcp")]) == []
+
+
+def test_a_dot_within_a_label_is_not_one_between_labels(scene: Scene) -> None:
+    """The same letters, another name: of a zone that nobody has allowed."""
+    good = message("good.test")
+    other = good.replace(b"\4good\4test", b"\x09good.test")
+    assert len(other) == len(good)
+    with scene.limited.socket(socket.SOCK_DGRAM) as sock:
+        sock.connect((gateway(scene.limited), 53))
+        sock.settimeout(0.3)
+        sock.send(other)
+        with pytest.raises(TimeoutError):
+            sock.recv(100)
+
+
+@pytest.mark.parametrize("limited", [Nic(allow=("192.0.2.1",)), Nic(mode="isolated")])
+def test_a_machine_does_not_inherit_connections(tmp_path: Path, limited: Nic) -> None:
+    """Of one that had its address before, the kernel may still remember what it was allowed to."""
+
+    def from_port(where: Guest) -> bool:
+        with where.socket(socket.SOCK_DGRAM) as sock:
+            sock.bind(("", 5555))
+            sock.settimeout(0.5)
+            sock.connect((OUTSIDE, 7))
+            sock.send(b"?")
+            with contextlib.suppress(OSError):
+                return bool(sock.recv(100))
+        return False
+
+    with world() as (host, outside), Echo(outside, 7):
+        kernel.set_sysctl("ipv4/ip_forward", "1")  # as on a host with Docker
+        answers = []
+        for nic in (Nic(), limited):
+            with attach([nic], [], tmp_path, "", cpus=1) as networks:
+                guest = Guest(host, networks.attachments[0])
+                guest.run(f"ip route replace default via {gateway(guest)}")
+                answers.append((guest.address, from_port(guest)))
+                guest.close()
+            while "hostel0" in kernel.interfaces():  # with its subnet and all addresses
+                time.sleep(0.02)
+        (first, before), (second, after) = answers
+        assert first == second
+        assert (before, after) == (True, False)
 
 
 def test_only_addresses_are_answered(scene: Scene) -> None:

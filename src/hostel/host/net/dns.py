@@ -79,6 +79,8 @@ def _name(message: bytes, offset: int) -> tuple[str, int]:
         if length & POINTER or offset + length > len(message):
             raise ValueError("a name that cannot be read")
         labels.append(message[offset : offset + length].decode("latin-1").lower())
+        if "." in labels[-1]:
+            raise ValueError("a dot in a label, which would look like one between labels")
         offset += length
     name = ".".join(labels)
     if len(name) > 253:

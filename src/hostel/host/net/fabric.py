@@ -14,7 +14,7 @@ from typing import Any
 from hostel.errors import HostError, UserError
 from hostel.vmm.loop import EventLoop
 
-from . import allow, firewall, forwarding, kernel
+from . import allow, firewall, flows, forwarding, kernel
 from .resolver import MAX_ADDRESSES, Resolver
 from .rules import Guest, Port, View, render
 from .state import State
@@ -105,6 +105,8 @@ class Network:
         self._guests[number] = guest
         try:
             self._reserved[number] = []
+            if guest.allow is not None or not self._world:
+                flows.forget(guest.address)  # whoever had it before may have been allowed more
             self._publish(guest, request["publish"])
             self._plug(guest, request["queues"], request["mtu"] or self._mtu)
         except BaseException:
@@ -166,6 +168,10 @@ class Network:
         """The addresses of a machine, by ``NAME`` or ``NAME.hostel``."""
         short = name.removesuffix(f".{DOMAIN}")
         return [g.address for g in self._guests.values() if g.machine and g.machine == short]
+
+    def has(self, address: str) -> bool:
+        """Whether an address is of the network's own subnet."""
+        return self._pool.has(address)
 
     def reaches_world(self) -> bool:
         return self._world

@@ -141,7 +141,7 @@ class Resolver:
             return answer or failure
         try:
             found, ttl = dns.addresses(answer)
-            usable = [address for address in dict.fromkeys(found) if outside(address)]
+            usable = [a for a in dict.fromkeys(found) if outside(a) and not self._network.has(a)]
             if usable and self._network.guest_at(guest.address) is guest:
                 seconds = min(max(ttl, LEAST_TIME), MOST_TIME)
                 self._network.admit(guest, question.name, usable, seconds)
@@ -151,7 +151,8 @@ class Resolver:
 
 
 def outside(address: str) -> bool:
-    """Whether a name may lead there: not to this host, nor to the link, whoever answers for the name.
+    """Whether a name may lead there: not to this host, nor to the link, whoever answers for the name
+    (and not to other machines: ``Network.has``).
 
     A name is somebody else's to point anywhere: at services of this host, or at a cloud's metadata.
     """

@@ -90,6 +90,9 @@ class Pool:
     def give_back(self, address: str) -> None:
         self._taken.discard(number(address))
 
+    def has(self, address: str) -> bool:
+        return self.base <= number(address) < self.base + SIZE
+
     def __str__(self) -> str:
         return f"{text(self.base)}/{PREFIX}"
 
