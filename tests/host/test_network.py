@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -220,3 +221,16 @@ def test_macs(tmp_path: Path) -> None:
     assert mac("one") == mac("one") != mac("two")
     assert mac("") != mac("")
     assert all(int(mac(name)[:2], 16) & 3 == 2 for name in ("one", "two", ""))
+
+
+@pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
+def test_a_port_that_passt_cannot_have(host: Namespace, tmp_path: Path) -> None:
+    with Echo(host, 8124), pytest.raises(UserError, match="port 8124/tcp .*already in use"):
+        attach([Nic(mode="user")], [Publish(host=8124, guest=80)], tmp_path, "", cpus=1)
+
+
+def test_a_small_mtu(join: Join, outside: Namespace) -> None:
+    """Below what IPv6 needs, an interface has none to be set up."""
+    guest = join("small", Nic(mtu=576))
+    with Echo(outside, 7):
+        assert ask(guest, OUTSIDE, 7) == HOST

@@ -15,6 +15,7 @@ from hostel.errors import HostError, UserError
 from hostel.vmm.loop import EventLoop
 
 from . import allow, firewall, flows, forwarding, kernel
+from .port import reserve
 from .resolver import MAX_ADDRESSES, Resolver
 from .rules import Guest, Port, View, render
 from .state import State
@@ -127,7 +128,7 @@ class Network:
 
     def _publish(self, guest: Guest, wanted: list[list[Any]]) -> None:
         for address, host, port, protocol in wanted:
-            self._reserved[guest.number].append(_reserve(address, host, protocol))
+            self._reserved[guest.number].append(reserve(address, host, protocol))
             guest.ports.append(Port(address, host, port, protocol))
 
     def _plug(self, guest: Guest, queues: int, mtu: int) -> None:
@@ -136,7 +137,8 @@ class Network:
         kernel.ip(
             [
                 f"tuntap add dev {tap} mode tap vnet_hdr {several}",
-                f"link set {tap} addrgenmode none mtu {mtu} master {self._bridge} up",
+                f"link set {tap} addrgenmode none",  # first: below an MTU of 1280 there is no IPv6
+                f"link set {tap} mtu {mtu} master {self._bridge} up",
                 f"link set {tap} type bridge_slave hairpin on",  # its own published port
                 f"neigh replace {guest.address} lladdr {guest.mac} dev {self._bridge} nud permanent",
             ]
@@ -205,26 +207,6 @@ def _mtu(found_routes: list[Route]) -> int:
     """No more than the ways to the world take: a guest need not learn it packet by packet."""
     found = [kernel.mtu(route.device) for route in found_routes if route.size == 0]
     return min([MTU, *(mtu for mtu in found if mtu >= 1280)])
-
-
-def _reserve(address: str, port: int, protocol: str) -> socket.socket:
-    """Hold a port of the host, so that nobody else takes it; packets never reach the socket."""
-    kind = socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM
-    sock = socket.socket(socket.AF_INET, kind)
-    try:
-        if protocol == "tcp":
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((address, port))
-        if protocol == "tcp":
-            sock.listen(1)
-    except OSError as error:
-        sock.close()
-        raise UserError(
-            f"port {port}/{protocol} of {address or 'this host'} cannot be published: "
-            f"{error.strerror}",
-            cure="choose another port of the host",
-        ) from None
-    return sock
 
 
 def foreseen(kind: str, name: str, address: str, mtu: int) -> dict[str, Any]:

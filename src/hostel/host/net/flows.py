@@ -1,4 +1,4 @@
-"""Makes the kernel forget the connections of an address, by ctnetlink (linux/netfilter/nfnetlink_conntrack.h).
+"""Makes the kernel forget connections of an address, by ctnetlink (linux/netfilter/nfnetlink_conntrack.h).
 
 Connection tracking outlives a machine and its network: TCP by days. Whoever gets the address next could go on
 with what the one before was allowed, as rules take a known connection for one that has been looked at.

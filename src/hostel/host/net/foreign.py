@@ -64,7 +64,8 @@ class Bridge(_Links):
             kernel.ip(
                 [
                     f"tuntap add dev {tap} mode tap vnet_hdr {several}",
-                    f"link set {tap} addrgenmode none mtu {mtu} master {self._target}",
+                    f"link set {tap} addrgenmode none",  # first: below an MTU of 1280 there is no IPv6
+                    f"link set {tap} mtu {mtu} master {self._target}",
                     f"link set {tap} up",
                 ]
             )

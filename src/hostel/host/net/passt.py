@@ -18,6 +18,7 @@ from hostel.host.process import Helper
 from hostel.spec import Nic, Publish
 
 from . import subnet
+from .port import reserve
 
 MTU = 65520
 """passt's own default: with no wire behind it, frames may be large."""
@@ -32,6 +33,8 @@ def start(nic: Nic, publish: Sequence[Publish], path: Path) -> tuple[Helper, Gue
     options = ["-f", "-q", "-s", str(path), "-a", address, "-n", str(subnet.PREFIX)]
     options += ["-g", plan.gateway, "--dns-forward", plan.dns[0]]  # to the host's own resolver
     options += ["-m", str(plan.mtu), "--no-map-gw", "-4", *_ports(publish)]
+    for port in publish:  # passt's own words say neither which port nor why
+        reserve(port.address, port.host, port.protocol).close()
     if os.geteuid() == 0:  # it would become nobody, who cannot make a socket in our directory; it
         options += ["--runas", "0"]  # gives up all rights and its root directory even so
     return Helper(path.stem, [program, *options], runtime=path.parent), plan
