@@ -213,6 +213,13 @@ def test_a_subnet_that_the_host_does_not_use(host: Namespace, join: Join) -> Non
         host.run("ip route del 10.128.0.0/9")
 
 
+def test_a_small_mtu(join: Join, outside: Namespace) -> None:
+    """Below what IPv6 needs, an interface has none to be set up."""
+    guest = join("small", Nic(mtu=576))
+    with Echo(outside, 7):
+        assert ask(guest, OUTSIDE, 7) == HOST
+
+
 def test_macs(tmp_path: Path) -> None:
     def mac(name: str) -> str:
         with attach([Nic()], (), tmp_path, name, cpus=1) as networks:
@@ -225,12 +232,5 @@ def test_macs(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
 def test_a_port_that_passt_cannot_have(host: Namespace, tmp_path: Path) -> None:
-    with Echo(host, 8124), pytest.raises(UserError, match="port 8124/tcp .*already in use"):
+    with Echo(host, 8124), pytest.raises(UserError, match=r"port 8124/tcp .*already in use"):
         attach([Nic(mode="user")], [Publish(host=8124, guest=80)], tmp_path, "", cpus=1)
-
-
-def test_a_small_mtu(join: Join, outside: Namespace) -> None:
-    """Below what IPv6 needs, an interface has none to be set up."""
-    guest = join("small", Nic(mtu=576))
-    with Echo(outside, 7):
-        assert ask(guest, OUTSIDE, 7) == HOST
