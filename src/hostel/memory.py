@@ -211,33 +211,6 @@ class GuestMemory:
         raise MemoryFault(f"guest address {gpa:#x}, {size} bytes, is outside guest memory")
 
 
-class ForeignMemory(GuestMemory):
-    """The RAM of a machine that another process made: one file, in which the regions lie anywhere.
-
-    ``regions`` may be replaced, by others of the same file. Their ``hva`` is not used.
-    """
-
-    def __init__(self, fd: int, regions: tuple[Region, ...]) -> None:
-        """``fd`` stays the caller's."""
-        self.fd = -1
-        self.page = PAGE
-        self.size = os.fstat(fd).st_size
-        self.regions = regions
-        if any(at.offset + at.size > self.size for at in regions):
-            raise HostError("a region of guest memory behind the end of its file")
-        self._bytes = map_shared(fd, self.size)
-        self._low_size = -1  # no byte is found but by ``_offset``
-
-    def _offset(self, gpa: int, size: int) -> int:
-        for at in self.regions:
-            if at.gpa <= gpa and 0 <= size <= at.gpa + at.size - gpa:
-                return at.offset + gpa - at.gpa
-        raise MemoryFault(f"guest address {gpa:#x}, {size} bytes, is outside guest memory")
-
-    def hva(self, gpa: int, size: int = 1) -> int:
-        raise HostError("this process has no address of another's guest memory for the kernel")
-
-
 def map_shared(fd: int, size: int) -> memoryview:
     """Map a file that is shared with the kernel; the mapping goes with its last view.
 

@@ -13,9 +13,8 @@ import pytest
 
 from hostel.errors import GuestError
 from hostel.memory import GuestMemory
-from hostel.virtio.backend import Backend
 from hostel.virtio.fs import VirtioFs
-from hostel.virtio.fuse import FileSystem, Session, Settings
+from hostel.virtio.fuse import FileSystem, Session, Settings, serve
 from hostel.virtio.rng import Rng
 from virtio.malice import RINGS
 from virtio.rig import Rig, eventually
@@ -39,13 +38,13 @@ class Ours:
             listener.listen()
             self.device = VirtioFs(rig.loop, "tag", folder / "socket")
             self.driver = rig.on_pci(self.device)
-            backend = Backend(listener.accept()[0], 2, self.session.serve)
-        self._thread = threading.Thread(target=self._run, args=(backend,))
+            connection, _ = listener.accept()
+        self._thread = threading.Thread(target=self._run, args=(connection,))
         self._thread.start()
 
-    def _run(self, backend: Backend) -> None:
+    def _run(self, connection: socket.socket) -> None:
         try:
-            backend.run()
+            serve(connection, self.session)
         except BaseException as error:
             self.ended.append(error)
         finally:

@@ -300,15 +300,14 @@ ROOT = 1
 
 OURS = """
 import os, socket, sys
-from hostel.virtio.backend import Backend
-from hostel.virtio.fuse import FileSystem, Session, Settings
+from hostel.virtio.fuse import FileSystem, Session, Settings, serve
 with socket.socket(socket.AF_UNIX) as listener:
     listener.bind(sys.argv[1] + "~")
     listener.listen()
     os.rename(sys.argv[1] + "~", sys.argv[1])
     root = os.open(sys.argv[2], os.O_PATH)
     fs = FileSystem(root, Settings(cache="none"), memory=1 << 28, descriptors=1024)
-    Backend(listener.accept()[0], 2, Session(fs).serve).run()
+    serve(listener.accept()[0], Session(fs))
 """
 
 

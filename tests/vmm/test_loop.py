@@ -135,3 +135,20 @@ def test_a_loop_that_never_ran_can_be_stopped() -> None:
     loop.run_sync(lambda: called.append(1))
     loop.stop()
     assert called == [1]
+
+
+def test_in_a_thread_that_is_there_already() -> None:
+    loop = EventLoop()
+    threads: list[threading.Thread] = []
+    loop.call_soon(lambda: threads.append(threading.current_thread()))
+    loop.call_soon(loop.stop)
+    loop.run()
+    assert threads == [threading.current_thread()]
+
+
+def test_what_a_callback_raises_ends_run() -> None:
+    loop = EventLoop()
+    loop.call_soon(lambda: os.close(-1))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        loop.run()
+    loop.stop()

@@ -60,3 +60,7 @@ VRING_ADDR = Record(
 CONFIG_HEADER = Record("VhostUserConfig", offset="I", size="I", flags="I")
 MAX_CONFIG_SIZE = 256
 U64 = Record("u64", u64="Q")
+VRING_INDEX = 0xFF
+"""In the word that comes with an eventfd: which ring."""
+VRING_NO_FD = 1 << 8
+"""In the same word: there is none."""

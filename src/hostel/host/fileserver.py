@@ -3,7 +3,7 @@
 ::
 
     launch.py (namespaces, mounts) ── the share's root, a descriptor ──► serve()
-        accept ─► Landlock: the share and nothing else ─► capabilities dropped ─► Backend.run
+        accept ─► Landlock: the share and nothing else ─► capabilities dropped ─► fuse.serve
                                                                      until the machine hangs up
 
 A process for each share, not a thread of the monitor: one server for both engines (QEMU speaks
@@ -28,8 +28,6 @@ from . import jail
 
 CAPABILITIES = (0, 1, 3, 4, 6, 7)
 """chown, dac_override, fowner, fsetid, setgid, setuid: to be whom a file belongs to."""
-QUEUES = 2
-"""The high-priority queue and one for requests (virtio 1.2 §5.11.2)."""
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -45,21 +43,20 @@ class Options(msgspec.Struct, frozen=True):
 
 def serve(root: int, text: str) -> None:
     """Serve the directory ``root``, a descriptor, to one machine, until it hangs up."""
-    from hostel.virtio.backend import Backend
-    from hostel.virtio.fuse import FileSystem, Session, Settings
+    from hostel.virtio import fuse
 
     options = msgspec.json.decode(text, type=Options)
     os.umask(0)  # the guest's kernel applies that of its process
     with contextlib.closing(socket.socket(fileno=options.listener)) as listener:
         connection, _ = listener.accept()
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    settings = Settings(options.read_only, options.cache, options.owner, options.xattr)
-    fs = FileSystem(root, settings, memory=options.memory, descriptors=descriptors)
-    session = Session(fs)
+    settings = fuse.Settings(options.read_only, options.cache, options.owner, options.xattr)
+    fs = fuse.FileSystem(root, settings, memory=options.memory, descriptors=descriptors)
+    session = fuse.Session(fs)
     _confine(root, read_only=options.read_only)
     gc.freeze()
     try:
-        Backend(connection, QUEUES, session.serve).run()
+        fuse.serve(connection, session)
     except HostelError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(1)

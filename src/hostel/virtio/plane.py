@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any
 
 from hostel.errors import HostelError, MemoryFault, QueueError
-from hostel.memory import GuestMemory
+from hostel.memory import GuestMemory, Memory
 from hostel.vmm.loop import EventLoop
 
 from .device import QueueWiring, VirtioDevice
@@ -121,6 +121,11 @@ class QueueDevice(VirtioDevice):
     # -- life cycle -----------------------------------------------------------------------------
 
     def activate(self, memory: GuestMemory, features: int, queues: Sequence[QueueWiring]) -> None:
+        self.activate_in(memory, features, queues)
+
+    def activate_in(self, memory: Memory, features: int, queues: Sequence[QueueWiring]) -> None:
+        """``activate`` of a device that needs no more of memory than to read and write it: such a one can
+        also serve a machine in another process (``vhost_user_backend.py``)."""
         with self.lock:
             self.driver_features = features
             try:
@@ -169,7 +174,7 @@ class QueueDevice(VirtioDevice):
         if self._stop():  # else a reset came first: this is no longer the present driver's fault
             self.fail(error)
 
-    def _make_queue(self, memory: GuestMemory, wiring: QueueWiring) -> ServedQueue:
+    def _make_queue(self, memory: Memory, wiring: QueueWiring) -> ServedQueue:
         queue = Queue(
             memory,
             wiring.size,

@@ -33,7 +33,6 @@ from .queue import check_rings
 
 TIMEOUT = 10.0
 """Seconds that a backend has for an answer. Stopping a ring waits for the requests in it."""
-NO_FD = 1 << 8
 
 
 class Frontend:

@@ -47,6 +47,14 @@ class EventLoop:
         self._running = True
         self._thread.start()
 
+    def run(self) -> None:
+        """Instead of ``start``: in this thread, until ``stop``. It closes everything when it returns."""
+        self._running, self._thread = True, threading.current_thread()
+        try:
+            self._run()
+        finally:
+            self._close()
+
     def stop(self) -> None:
         """End the thread and close everything. Idempotent; from the loop itself it does not wait."""
         self._running = False

@@ -5,11 +5,12 @@
     virtqueue ─► session ─► names · attributes · files · directories ─► nodes ─► the host's files
                  (request)                    (filesystem)
 
-What serves the virtqueues is not its affair (``virtio/backend.py``).
+``device.py`` serves the virtqueues, to a machine in another process.
 """
 
+from .device import serve
 from .filesystem import FileSystem, Settings
 from .request import FuseFault
 from .session import Session
 
-__all__ = ["FileSystem", "FuseFault", "Session", "Settings"]
+__all__ = ["FileSystem", "FuseFault", "Session", "Settings", "serve"]
