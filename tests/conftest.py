@@ -9,7 +9,6 @@ end knows its own from those of anybody else on this host.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shutil
@@ -22,9 +21,10 @@ from pathlib import Path
 
 import pytest
 
+from guests.namespaces import leave_network
+
 IN_TESTBED = os.environ.get("HOSTEL_TESTBED") == "1"
 SESSION = "HOSTEL_TEST_SESSION"
-CLONE_NEWNET = 0x40000000
 PATIENCE = 30.0
 """Seconds that a process may take to notice that its machine is gone, and to clear up: in the testbed a
 network's rules take some."""
@@ -113,9 +113,7 @@ def own_network() -> None:
     bridges and rules, and this host's are not theirs to touch. Only a loopback interface is there."""
     if os.geteuid() != 0:
         return
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNET)")
+    leave_network()
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 
 

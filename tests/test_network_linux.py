@@ -19,7 +19,7 @@ import pytest
 
 import hostel
 from cli.hostel_command import run_hostel
-from guests.namespaces import HOST, OUTSIDE, Echo, Namespace, ask, missing, world
+from guests.namespaces import HOST, OUTSIDE, Echo, Namespace, ask, missing, open_tap, world
 from hostel.host import runtime
 from hostel.spec import Nic, Publish
 
@@ -248,12 +248,8 @@ def test_an_emulated_nic(places: tuple[Namespace, Namespace]) -> None:
 def test_a_tap_that_is_in_use(places: tuple[Namespace, Namespace]) -> None:
     host, _ = places
     host.run("ip tuntap add dev own1 mode tap")
-    fd = os.open("/dev/net/tun", os.O_RDWR)
+    fd = open_tap("own1")
     try:
-        import fcntl
-        import struct
-
-        fcntl.ioctl(fd, 0x400454CA, struct.pack("16sH22x", b"own1", 0x1002))
         result = run_hostel("run", "-q", "--engine", "qemu", "--net", "tap=own1", "true")
         assert result.returncode == 125
         assert b"own1" in result.stderr

@@ -7,14 +7,13 @@ write (``tests/boot/test_load_kvm.py``).
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Iterator
 from struct import Struct
 from typing import Any
 
 import pytest
 
+from abi.c_probe import evaluate
 from hostel.abi import boot, elf
 
 STRUCTURES = {
@@ -106,27 +105,10 @@ def offsets(layout: Struct) -> list[int]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler (apt-get install gcc libc6-dev)")
-    directory = tmp_path_factory.mktemp("probe")
-    lines = "\n".join(
-        f'printf("%s=%llu\\n", "{what}", (unsigned long long)({what}));' for what in expected()
-    )
-    headers = ("stddef.h", "stdio.h", "elf.h", "linux/types.h", "asm/bootparam.h")
-    includes = "\n".join(f"#include <{header}>" for header in headers)
+    headers = ("elf.h", "linux/types.h", "asm/bootparam.h")
     # Newer than Debian 12's headers may be:
     fallback = "#ifndef EM_LOONGARCH\n#define EM_LOONGARCH 258\n#endif"
-    source, program = directory / "probe.c", directory / "probe"
-    source.write_text(f"{includes}\n{fallback}\nint main(void) {{\n{lines}\nreturn 0;\n}}\n")
-    done = subprocess.run(
-        [compiler, "-o", program, source], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    output = subprocess.run([program], capture_output=True, text=True, check=True).stdout
-    return {
-        name: int(value) for name, value in (line.rsplit("=", 1) for line in output.splitlines())
-    }
+    return evaluate(expected(), headers, tmp_path_factory.mktemp("probe"), definitions=fallback)
 
 
 def test_every_size_offset_and_number(found: dict[str, int]) -> None:

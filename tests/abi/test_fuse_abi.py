@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-from pathlib import Path
-
 import pytest
 
+from abi.c_probe import evaluate
 from hostel.abi import fuse
 from hostel.abi.record import Record
 
@@ -44,18 +42,7 @@ def c_values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     for record in RECORDS:
         names.append(f"sizeof(struct {record.c_name})")
         names += [f"offsetof(struct {record.c_name}, {field})" for field in fields(record)]
-    lines = ["#include <linux/fuse.h>", "#include <stddef.h>", "#include <stdio.h>"]
-    lines += ["int main(void) {"]
-    lines += [f'  printf("{name}=%llu\\n", (unsigned long long)({name}));' for name in names]
-    directory: Path = tmp_path_factory.mktemp("probe")
-    source = directory / "probe.c"
-    source.write_text("\n".join([*lines, "}"]))
-    try:
-        subprocess.run(["cc", "-o", directory / "probe", source], check=True)
-    except FileNotFoundError:
-        pytest.skip("no C compiler")
-    out = subprocess.run([directory / "probe"], check=True, capture_output=True, text=True).stdout
-    return {name: int(value) for name, _, value in (at.rpartition("=") for at in out.splitlines())}
+    return evaluate(names, ["linux/fuse.h"], tmp_path_factory.mktemp("probe"))
 
 
 def test_constants(c_values: dict[str, int]) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from pathlib import Path
 
-import pytest
-
+from abi.c_probe import evaluate
 from hostel.abi import io_uring as abi
 from hostel.abi.record import Record
 
@@ -30,16 +27,7 @@ def expected() -> dict[str, int]:
 
 
 def test_every_definition_agrees_with_the_header(tmp_path: Path) -> None:
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler: apt-get install gcc linux-libc-dev")
     ours = expected()
-    headers = ("linux/io_uring.h", "sys/uio.h", "sys/syscall.h", "stddef.h", "stdio.h")
-    lines = [f"#include <{header}>" for header in headers]
-    lines += ["int main(void) {", *(f'printf("%lld\\n", (long long)({e}));' for e in ours), "}"]
-    source = tmp_path / "probe.c"
-    source.write_text("\n".join(lines))
-    subprocess.run(["cc", "-o", tmp_path / "probe", source], check=True)
-    output = subprocess.run([tmp_path / "probe"], check=True, capture_output=True, text=True)
-    theirs = dict(zip(ours, map(int, output.stdout.split()), strict=True))
-    assert len(theirs) > 50
-    assert ours == theirs
+    headers = ("linux/io_uring.h", "sys/uio.h", "sys/syscall.h")
+    assert len(ours) > 50
+    assert evaluate(ours, headers, tmp_path) == ours

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from abi.c_probe import run
 from hostel.abi import kvm as abi
 from hostel.abi import kvm_numbers
 
@@ -87,17 +86,7 @@ def probe_source() -> str:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler: apt-get install gcc linux-libc-dev")
-    directory = tmp_path_factory.mktemp("probe")
-    source, program = directory / "probe.c", directory / "probe"
-    source.write_text(probe_source())
-    subprocess.run([compiler, "-w", "-o", program, source], check=True)
-    output = subprocess.run([program], check=True, capture_output=True, text=True).stdout
-    return {
-        key: int(value) for key, _, value in (line.partition("=") for line in output.splitlines())
-    }
+    return run(probe_source(), tmp_path_factory.mktemp("probe"))
 
 
 def test_every_definition_agrees_with_the_headers(found: dict[str, int]) -> None:

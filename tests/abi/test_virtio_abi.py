@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from abi.c_probe import evaluate
 from hostel.abi import pci, tun, virtio, virtio_net
 from hostel.abi.record import Record
 
@@ -68,19 +67,8 @@ def c_values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     for record in records():
         names.append(f"sizeof(struct {record.c_name})")
         names += [f"offsetof(struct {record.c_name}, {field})" for field in record.offsets]
-    lines = [f"#include <linux/{header}.h>" for header in HEADERS.split()]
-    lines += ["#include <sys/ioctl.h>", "#include <stddef.h>", "#include <stdio.h>"]
-    lines.append("int main(void) {")
-    lines += [f'  printf("{name}=%llu\\n", (unsigned long long)({name}));' for name in names]
-    directory: Path = tmp_path_factory.mktemp("probe")
-    source = directory / "probe.c"
-    source.write_text("\n".join([*lines, "}"]))
-    try:
-        subprocess.run(["cc", "-o", directory / "probe", source], check=True)
-    except FileNotFoundError:
-        pytest.skip("no C compiler")
-    out = subprocess.run([directory / "probe"], check=True, capture_output=True, text=True).stdout
-    return {name: int(value) for name, _, value in (at.rpartition("=") for at in out.splitlines())}
+    headers = [*(f"linux/{header}.h" for header in HEADERS.split()), "sys/ioctl.h"]
+    return evaluate(names, headers, tmp_path_factory.mktemp("probe"))
 
 
 def test_constants(c_values: dict[str, int]) -> None:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import select
 import socket
 import struct
-import threading
 from collections.abc import Mapping
-from types import TracebackType
 
-from guests.namespaces import Guest, Namespace
+from guests.namespaces import Guest, Namespace, Server
 from hostel.host.net.exchange import servers
 
 NXDOMAIN, REFUSED = 3, 5
@@ -46,7 +42,7 @@ def exchange(guest: Guest, query: bytes, *, tcp: bool = False, server: str = "")
     return answer[2:] if tcp else answer
 
 
-class NameServer:
+class NameServer(Server):
     """Answers for some names at the address of the host's resolver, in the world outside or on the host."""
 
     def __init__(self, host: Namespace, outside: Namespace, names: Mapping[str, str]) -> None:
@@ -56,31 +52,15 @@ class NameServer:
         if not local:
             with contextlib.suppress(Exception):  # there already
                 outside.run(f"ip addr add {address}/32 dev out")
-        where = host if local else outside
-        self._udp, self._tcp = where.socket(socket.SOCK_DGRAM), where.socket()
-        self._tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        for sock in (self._udp, self._tcp):
-            sock.bind((address, 53))
-        self._tcp.listen(8)
-        self._stop = os.eventfd(0)
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
+        super().__init__(host if local else outside, 53, address)
 
-    def _serve(self) -> None:
-        while True:
-            ready, _, _ = select.select(
-                [self._udp.fileno(), self._tcp.fileno(), self._stop], [], []
-            )
-            if self._stop in ready:
-                return
-            if self._udp.fileno() in ready:
-                query, peer = self._udp.recvfrom(2048)
-                self._udp.sendto(self._answer(query), peer)
-            if self._tcp.fileno() in ready:
-                connection, _ = self._tcp.accept()
-                with connection:
-                    answer = self._answer(connection.recv(2048)[2:])
-                    connection.send(struct.pack(">H", len(answer)) + answer)
+    def answer_connection(self, connection: socket.socket, peer: str) -> None:
+        answer = self._answer(connection.recv(2048)[2:])
+        connection.send(struct.pack(">H", len(answer)) + answer)
+
+    def answer_datagram(self) -> None:
+        query, peer = self.udp.recvfrom(2048)
+        self.udp.sendto(self._answer(query), peer)
 
     def _answer(self, query: bytes) -> bytes:
         parts, offset = [], 12
@@ -94,18 +74,3 @@ class NameServer:
         header = struct.pack(">2s5H", query[:2], 0x8180 | code, 1, int(bool(address)), 0, 0)
         record = struct.pack(">HHHIH", 0xC00C, 1, 1, 60, 4)
         return header + query[12:] + (record + socket.inet_aton(address) if address else b"")
-
-    def __enter__(self) -> NameServer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        os.eventfd_write(self._stop, 1)
-        self._thread.join()
-        self._udp.close()
-        self._tcp.close()
-        os.close(self._stop)

@@ -26,15 +26,25 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
+from hostel.abi import tun
 from hostel.host.interface import Attachment, Interface
 
 CLONE_NEWNET = 0x40000000
-TUNSETIFF = 0x400454CA
-IFF_TAP, IFF_NO_PI = 0x0002, 0x1000
 IP_PKTINFO = 8
 OUTSIDE, HOST = "203.0.113.1", "203.0.113.2"
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def leave_network() -> None:
+    """This thread's network is a new one, without any interface that is up."""
+    _checked(_libc.unshare(CLONE_NEWNET))
+
+
+def _checked(result: int) -> None:
+    if result:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def missing() -> str:
@@ -51,8 +61,7 @@ class Namespace:
 
     def __init__(self) -> None:
         before = _current()
-        if _libc.unshare(CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), "unshare")
+        leave_network()
         self.fd = _current()
         _enter(before)
         os.close(before)
@@ -136,39 +145,39 @@ class Guest(Namespace):
         super().close()
 
 
-class Echo:
-    """A server that tells each client the address it comes from, over TCP and UDP."""
+class Server:
+    """Answers at one port over TCP and UDP, in a thread. A context manager."""
 
-    def __init__(self, where: Namespace, port: int, address: str = "0.0.0.0") -> None:
-        self._tcp, self._udp = where.socket(), where.socket(socket.SOCK_DGRAM)
-        self._tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        for sock in (self._tcp, self._udp):
+    def __init__(self, where: Namespace, port: int, address: str) -> None:
+        self.tcp, self.udp = where.socket(), where.socket(socket.SOCK_DGRAM)
+        self.tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for sock in (self.tcp, self.udp):
             sock.bind((address, port))
-        self._udp.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)  # to answer from where it was asked
-        self._tcp.listen(64)
+        self.tcp.listen(64)
         self._stop = os.eventfd(0)
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
+    def answer_connection(self, connection: socket.socket, peer: str) -> None:
+        raise NotImplementedError
+
+    def answer_datagram(self) -> None:
+        """There is one in ``udp``."""
+        raise NotImplementedError
+
     def _serve(self) -> None:
         while True:
-            ready, _, _ = select.select(
-                [self._tcp.fileno(), self._udp.fileno(), self._stop], [], []
-            )
+            ready, _, _ = select.select([self.tcp.fileno(), self.udp.fileno(), self._stop], [], [])
             if self._stop in ready:
                 return
-            if self._tcp.fileno() in ready:
-                connection, peer = self._tcp.accept()
-                with connection, contextlib.suppress(OSError):
-                    connection.settimeout(1)
-                    connection.recv(1)
-                    connection.send(peer[0].encode())
-            if self._udp.fileno() in ready:
-                _, asked_at, _, peer = self._udp.recvmsg(2048, 64)
-                with contextlib.suppress(OSError):
-                    self._udp.sendmsg([peer[0].encode()], asked_at, 0, peer)
+            if self.tcp.fileno() in ready:
+                connection, peer = self.tcp.accept()
+                with connection:
+                    self.answer_connection(connection, peer[0])
+            if self.udp.fileno() in ready:
+                self.answer_datagram()
 
-    def __enter__(self) -> Echo:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -179,9 +188,28 @@ class Echo:
     ) -> None:
         os.eventfd_write(self._stop, 1)
         self._thread.join()
-        self._tcp.close()
-        self._udp.close()
+        self.tcp.close()
+        self.udp.close()
         os.close(self._stop)
+
+
+class Echo(Server):
+    """Tells each client the address it comes from."""
+
+    def __init__(self, where: Namespace, port: int, address: str = "0.0.0.0") -> None:
+        super().__init__(where, port, address)
+        self.udp.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)  # to answer from where it was asked
+
+    def answer_connection(self, connection: socket.socket, peer: str) -> None:
+        with contextlib.suppress(OSError):
+            connection.settimeout(1)
+            connection.recv(1)
+            connection.send(peer.encode())
+
+    def answer_datagram(self) -> None:
+        _, asked_at, _, peer = self.udp.recvmsg(2048, 64)
+        with contextlib.suppress(OSError):
+            self.udp.sendmsg([peer[0].encode()], asked_at, 0, peer)
 
 
 def ask(where: Namespace, address: str, port: int, kind: str = "tcp", patience: float = 3) -> str:
@@ -241,7 +269,7 @@ def world() -> Iterator[tuple[Namespace, Namespace]]:
 def open_tap(name: str, device: str = "/dev/net/tun") -> int:
     """Without vnet headers: the kernel then sums and segments what it gives us."""
     fd = os.open(device, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-    fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI))
+    fcntl.ioctl(fd, tun.TUNSETIFF, tun.IFREQ.pack(name.encode(), tun.IFF_TAP | tun.IFF_NO_PI, b""))
     return fd
 
 
@@ -325,5 +353,4 @@ def _current() -> int:
 
 
 def _enter(fd: int) -> None:
-    if _libc.setns(fd, CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), "setns")
+    _checked(_libc.setns(fd, CLONE_NEWNET))

@@ -34,3 +34,15 @@ def stream_nic(rig: Rig) -> Iterator[StreamNics]:
     nics = StreamNics(rig)
     yield nics
     nics.close()
+
+
+@pytest.fixture
+def loop_device(image: Path) -> Iterator[str]:
+    """``image``, a fixture of the test's module, as a block device."""
+    made = subprocess.run(
+        ["losetup", "-f", "--show", str(image)], check=False, capture_output=True, text=True
+    )
+    if made.returncode:
+        pytest.skip(f"no loop device here: {made.stderr.strip()}")
+    yield made.stdout.strip()
+    subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)

@@ -12,7 +12,6 @@ It goes with its thread and the last descriptor that belongs to it.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import socket
 import subprocess
@@ -25,10 +24,10 @@ from typing import Any, TypeVar
 
 import pytest
 
+from guests.namespaces import leave_network
 from hostel.host.tap import open_tap
 
 T = TypeVar("T")
-CLONE_NEWNET = 0x4000_0000
 ETH_P_ALL = 3
 HOST_IP, GUEST_IP = "10.99.0.1", "10.99.0.2"
 GUEST_MAC = bytes.fromhex("525400aabb01")
@@ -42,7 +41,7 @@ class Namespace:
             pytest.skip("no /dev/net/tun here")
         self._pool = ThreadPoolExecutor(1)
         try:
-            self.call(_unshare)
+            self.call(leave_network)
         except OSError as error:
             self._pool.shutdown()
             pytest.skip(f"no network namespace: {error.strerror}")
@@ -67,13 +66,6 @@ class Namespace:
         traceback: TracebackType | None,
     ) -> None:
         self._pool.shutdown()
-
-
-def _unshare() -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(CLONE_NEWNET):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
 
 
 def make_tap(net: Namespace, name: str = "tap0", *, several: bool = False) -> None:

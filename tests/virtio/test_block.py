@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -343,17 +341,6 @@ def test_one_writer_or_many_readers(image: Path) -> None:
     assert "in use" in complaint(image)
     for reader in readers:
         reader.close()
-
-
-@pytest.fixture
-def loop_device(image: Path) -> Iterator[str]:
-    made = subprocess.run(
-        ["losetup", "-f", "--show", str(image)], check=False, capture_output=True, text=True
-    )
-    if made.returncode:
-        pytest.skip(f"no loop device here: {made.stderr.strip()}")
-    yield made.stdout.strip()
-    subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
 
 
 def test_a_block_device(rig: Rig, image: Path, loop_device: str) -> None:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -258,17 +257,6 @@ def test_queues_take_turns(rig: Rig, image: Path, monkeypatch: pytest.MonkeyPatc
         disk.driver.wait(index, count)
     assert order.index(1) <= 8
     assert sorted(order) == [0] * 20 + [1] * 2
-
-
-@pytest.fixture
-def loop_device(image: Path) -> Iterator[str]:
-    made = subprocess.run(
-        ["losetup", "-f", "--show", str(image)], check=False, capture_output=True, text=True
-    )
-    if made.returncode:
-        pytest.skip(f"no loop device here: {made.stderr.strip()}")
-    yield made.stdout.strip()
-    subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
 
 
 @pytest.mark.parametrize("cache", ["writeback", "none"])

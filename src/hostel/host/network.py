@@ -31,6 +31,7 @@ from hostel.spec import Nic, Publish
 
 from .interface import Attachment, GuestLink, Interface
 from .runtime import socket_path
+from .tap import tun_missing
 
 if TYPE_CHECKING:
     from .net.client import Lease
@@ -283,14 +284,8 @@ def _need_privileges(nic: Nic) -> None:
             cost="no bridge, tap or rule can be made",
             cure="run as root, or use --net user",
         )
-    try:
-        os.close(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        raise HostError(
-            f"/dev/net/tun: {error.strerror}",
-            cost="no tap can be made",
-            cure="modprobe tun, or use --net user",
-        ) from None
+    if missing := tun_missing():
+        raise HostError(missing, cost="no tap can be made", cure="modprobe tun, or use --net user")
     if nic.mode in ("bridge", "macvtap"):
         from .net import kernel
 

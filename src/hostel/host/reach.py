@@ -10,6 +10,7 @@ from hostel.spec import Nic
 
 from . import toolbox
 from .net import kernel
+from .tap import tun_missing
 
 CAP_NET_ADMIN = 12  # linux/capability.h
 
@@ -35,12 +36,9 @@ def _nat_missing() -> str:
     try:
         for program in kernel.PACKAGES:
             kernel.find(program)
-        os.close(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC))
     except MissingTool as error:
         return error.message
-    except OSError as error:
-        return f"/dev/net/tun: {error.strerror}"
-    return ""
+    return tun_missing()
 
 
 def _has_default_route() -> bool:

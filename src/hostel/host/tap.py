@@ -34,6 +34,15 @@ _REASONS = {
 }
 
 
+def tun_missing() -> str:
+    """Why this process can make no tap; empty if it can."""
+    try:
+        os.close(os.open(TUN, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return f"{TUN}: {error.strerror}"
+    return ""
+
+
 def open_tap(name: str, queues: int = 1) -> list[int]:
     """Descriptors of the tap ``name``; for several queues it must have been made with ``multi_queue``."""
     try:

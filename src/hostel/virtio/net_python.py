@@ -31,7 +31,6 @@ from .net_frames import Gate, Receiver, Transmitter
 from .net_plane import Filter, NetPlane
 from .net_port import NetPort
 from .plane import ServedQueue
-from .queue import Queue
 
 UNLIMITED = Limits()
 COST = "the guest is cut off from this network"
@@ -248,18 +247,10 @@ class PythonPlane(NetPlane):
         positions: Sequence[tuple[int, int]],
         pairs: int,
     ) -> None:
-        served: dict[int, ServedQueue] = {}
-        for wiring, position in zip(wirings, positions, strict=True):
-            queue = Queue(
-                memory,
-                wiring.size,
-                desc=wiring.desc,
-                avail=wiring.avail,
-                used=wiring.used,
-                features=features,
-                position=position,
-            )
-            served[wiring.index] = ServedQueue(queue, wiring)
+        served = {
+            wiring.index: ServedQueue(memory, wiring, features, position)
+            for wiring, position in zip(wirings, positions, strict=True)
+        }
         self._queues = list(served.values())
         self.set_pairs(pairs)
         merged = bool(features >> abi.F_MRG_RXBUF & 1)

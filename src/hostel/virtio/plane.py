@@ -35,7 +35,18 @@ BATCH = 64
 class ServedQueue:
     """A virtqueue with its two eventfds."""
 
-    def __init__(self, queue: Queue, wiring: QueueWiring) -> None:
+    def __init__(
+        self, memory: Memory, wiring: QueueWiring, features: int, position: tuple[int, int]
+    ) -> None:
+        queue = Queue(
+            memory,
+            wiring.size,
+            desc=wiring.desc,
+            avail=wiring.avail,
+            used=wiring.used,
+            features=features,
+            position=position,
+        )
         self.index = wiring.index
         self.kick = wiring.kick
         self.kicks = 0
@@ -130,7 +141,8 @@ class QueueDevice(VirtioDevice):
             self.driver_features = features
             try:
                 for wiring in queues:
-                    self.queues[wiring.index] = self._make_queue(memory, wiring)
+                    position = self._positions.get(wiring.index, (0, 0))
+                    self.queues[wiring.index] = ServedQueue(memory, wiring, features, position)
             except QueueError:
                 self._stop()
                 raise
@@ -173,18 +185,6 @@ class QueueDevice(VirtioDevice):
     def broken(self, error: HostelError) -> None:
         if self._stop():  # else a reset came first: this is no longer the present driver's fault
             self.fail(error)
-
-    def _make_queue(self, memory: Memory, wiring: QueueWiring) -> ServedQueue:
-        queue = Queue(
-            memory,
-            wiring.size,
-            desc=wiring.desc,
-            avail=wiring.avail,
-            used=wiring.used,
-            features=self.driver_features,
-            position=self._positions.get(wiring.index, (0, 0)),
-        )
-        return ServedQueue(queue, wiring)
 
     def _kicked(self, served: ServedQueue) -> None:
         with self.lock:
