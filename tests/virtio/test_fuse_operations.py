@@ -251,6 +251,17 @@ def test_whoever_writes_takes_setuid_away(fs: FuseSession, tree: Path) -> None:
     assert stat.S_IMODE((tree / "file").stat().st_mode) == 0o755
 
 
+def test_setuid_is_believed_for_no_moment(fs: FuseSession, tree: Path) -> None:
+    """No word of its end goes to the guest's kernel, which would run the file with it."""
+    believed = []
+    for mode in (0o755, 0o4755, 0o2755):
+        (tree / "file").chmod(mode)
+        node, _, _, found, *_ = abi.ENTRY_OUT.unpack(fs.ask(abi.LOOKUP, ROOT, b"file\0"))
+        asked, *_ = abi.ATTR_OUT.unpack(fs.ask(abi.GETATTR, node, abi.GETATTR_IN.pack(0, 0, 0)))
+        believed.append((found, asked))
+    assert believed == [(1, 1), (0, 0), (0, 0)]
+
+
 # -- attributes ---------------------------------------------------------------------------------
 
 

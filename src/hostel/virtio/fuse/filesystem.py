@@ -7,6 +7,7 @@ and ``directories``; ``session`` calls them. One thread at a time.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from errno import EBADF, EMFILE, ENFILE
@@ -166,7 +167,7 @@ class FileSystem:
         )
 
     def attributes_answer(self, found: os.stat_result) -> bytes:
-        return abi.ATTR_OUT.pack(self.validity, 0, 0, self.attributes(found))
+        return abi.ATTR_OUT.pack(self._trust(found), 0, 0, self.attributes(found))
 
     def entry(self, parent: Node, name: bytes, found: os.stat_result) -> bytes:
         """The guest is told of a node."""
@@ -174,8 +175,15 @@ class FileSystem:
         return self.entry_of(node, found)
 
     def entry_of(self, node: Node, found: os.stat_result) -> bytes:
-        valid = self.validity
-        return abi.ENTRY_OUT.pack(node.id, 0, valid, valid, 0, 0, self.attributes(found))
+        valid, trust = self.validity, self._trust(found)
+        return abi.ENTRY_OUT.pack(node.id, 0, valid, trust, 0, 0, self.attributes(found))
+
+    def _trust(self, found: os.stat_result) -> int:
+        """Seconds for which attributes hold. A write takes setuid away here (HANDLE_KILLPRIV_V2), and
+        the guest's kernel, which hears nothing of that, must not run the file as it was."""
+        may_lose = found.st_mode & _SET_IDS and stat.S_ISREG(found.st_mode)
+        return 0 if may_lose and not self.settings.read_only else self.validity
 
 
+_SET_IDS = stat.S_ISUID | stat.S_ISGID
 _U32, _U64 = 0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF
