@@ -103,6 +103,11 @@ def test_no_ports(text: str) -> None:
         network.published(text)
 
 
+def test_a_range_backwards_is_called_so() -> None:
+    with pytest.raises(UserError, match="lowest first"):
+        network.published("8010-8000:9000-9010")
+
+
 def test_defaults_go_where_they_can() -> None:
     nics = network.nics([Nic(), Nic(plane="python"), Nic(model="e1000")], "vhost", ["1.1.1.1"], bad)
     assert [nic.plane for nic in nics] == ["vhost", "python", "auto"]

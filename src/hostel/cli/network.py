@@ -108,10 +108,10 @@ def published(text: str) -> tuple[Publish, ...]:
             cure="write [IP:]HOST:GUEST[/udp], such as 8080:80 or 127.0.0.1:53:53/udp",
         )
     host, guest = _range(match, "host"), _range(match, "guest")
+    if not all(1 <= len(ports) <= MAX_RANGE for ports in (host, guest)):
+        raise UserError(f"a range has 1 to {MAX_RANGE} ports, the lowest first: {text!r}")
     if len(host) != len(guest):
         raise UserError(f"two ranges of different length: {text!r}")
-    if not 1 <= len(host) <= MAX_RANGE:
-        raise UserError(f"a range has 1 to {MAX_RANGE} ports, the lowest first: {text!r}")
     return tuple(
         Publish(
             host=one,
