@@ -202,6 +202,17 @@ def test_disk_that_is_not_there(make: Make, tmp_path: Path) -> None:
     assert not engine.plan.runtime.joinpath("qemu.pid").exists()
 
 
+def test_disk_that_another_machine_has(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "disk.img").write_bytes(bytes(MIB))
+    disks = (Drive(Disk(path=str(tmp_path / "disk.img"), format="raw")),)
+    make(disks=disks).start()
+    with pytest.raises(HostError) as caught:
+        make(disks=disks).start()
+    assert str(caught.value).startswith(
+        f"disk {tmp_path}/disk.img is in use; stop the other machine"
+    )
+
+
 def test_what_is_no_kernel(make: Make, tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_text("no kernel" * 1000)

@@ -16,6 +16,7 @@ last words say why.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 import time
@@ -53,6 +54,8 @@ REASONS: dict[str, EndingKind] = {
 """Of a SHUTDOWN event (QEMU QMP reference, ShutdownCause)."""
 NO_MEMORY = ("backing store for guest RAM", "set up guest memory", "phys-bits too low")
 """What QEMU says where the host has no room for a guest's memory, or its processor no addresses."""
+LOCKED = re.compile(r'Failed to get .*"\w+" lock .*\[(.*)\]')
+"""And where another program has a disk's image, which it names in brackets."""
 NOTE_PVH = 18  # XEN_ELFNOTE_PHYS32_ENTRY
 
 
@@ -272,6 +275,11 @@ class QemuEngine:
 
     def _failure(self, helper: Helper) -> HostError:
         error = helper.failure()
+        if match := LOCKED.search(error.message):
+            return HostError(
+                f"disk {match[1]} is in use",
+                cure="stop the other machine, or give the disk to both as read-only",
+            )
         if not any(words in error.message for words in NO_MEMORY):
             return error
         return HostError(
