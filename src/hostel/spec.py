@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -26,6 +26,7 @@ NetMode = Literal["nat", "isolated", "bridge", "tap", "macvtap", "user", "vhost-
 Cache = Literal["auto", "always", "none"]
 FileServer = Literal["auto", "virtiofsd", "python"]
 NetPlane = Literal["auto", "python", "vhost", "vhost-user"]
+NicModel = Literal["virtio", "e1000"]
 
 MAX_CPUS = 32
 MAX_QUEUES = 16
@@ -128,7 +129,7 @@ class Nic(_Part, frozen=True):
 
     mode: NetMode = "nat"
     target: str = ""
-    model: Literal["virtio", "e1000"] = "virtio"
+    model: NicModel = "virtio"
     plane: NetPlane = "auto"
     mac: str = ""
     address: str = ""
@@ -143,6 +144,14 @@ class Nic(_Part, frozen=True):
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:
+        for what, word, known in (
+            ("network mode", self.mode, NetMode),
+            ("model of a NIC", self.model, NicModel),
+            ("plane of a NIC", self.plane, NetPlane),
+        ):
+            if word not in get_args(known):
+                cure = f"one of {', '.join(get_args(known))}"
+                raise SpecError(f"not a {what}: {word!r}", cure=cure)
         self._check_target()
         self._check_plane()
         if self.mac and not (_MAC.fullmatch(self.mac) and self.mac != "00:00:00:00:00:00"):

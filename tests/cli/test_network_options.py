@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from cli.hostel_command import Hostel
 from hostel.cli import network
-from hostel.errors import HostelError, UserError
+from hostel.errors import HostelError, SpecError, UserError
 from hostel.spec import Limits, Nic, Publish, Rate
 
 NICS = [
@@ -101,6 +103,13 @@ def test_ports(text: str, ports: tuple[Publish, ...]) -> None:
 def test_no_ports(text: str) -> None:
     with pytest.raises(UserError):
         network.published(text)
+
+
+@pytest.mark.parametrize("wrong", [{"mode": "lan"}, {"model": "rtl8139"}, {"plane": "slow"}])
+def test_words_that_no_nic_knows(wrong: dict[str, Any]) -> None:
+    """In the library nobody else has looked at them."""
+    with pytest.raises(SpecError, match=f"not a .*{next(iter(wrong.values()))}.* one of "):
+        Nic(**wrong)
 
 
 def test_a_range_backwards_is_called_so() -> None:
