@@ -122,6 +122,16 @@ def test_a_vmdk_that_points_elsewhere(tmp_path: Path, capacity: int, text: bytes
         images.chain(image, "vmdk")
 
 
+@needs_qemu_img
+@pytest.mark.parametrize("kind", ["monolithicFlat", "twoGbMaxExtentSparse"])
+def test_a_vmdk_that_is_a_list_of_files(tmp_path: Path, kind: str) -> None:
+    image = tmp_path / "disk.vmdk"
+    qemu_img("create", "-f", "vmdk", "-o", f"subformat={kind}", str(image), "1M")
+    for format in ("auto", "vmdk"):
+        with pytest.raises(ImageError, match="several files; qemu-img convert"):
+            images.format_of(image, format)
+
+
 @pytest.mark.parametrize("format", ["qcow2", "vmdk", "vhdx", "raw"])
 def test_a_damaged_size(tmp_path: Path, format: str) -> None:
     image = tmp_path / f"disk.{format}"

@@ -49,6 +49,7 @@ _EXTERNAL_DATA = 1 << 2
 _BACKING_FORMAT = 0xE2792ACA
 # Sparse extent header of VMDK: magic, version, flags, capacity, grain size, descriptor's place and size.
 _VMDK = struct.Struct("<4sIIQQQQ")
+_VMDK_LIST = b"# Disk DescriptorFile"
 _VMDK_TEXT = 20 << 9
 """Bytes of an embedded descriptor that are looked at: vmkfstools writes 20 sectors."""
 
@@ -63,11 +64,16 @@ class Layer(msgspec.Struct, frozen=True):
 def format_of(path: Path, given: str = "auto") -> Format:
     """The format that ``path`` is to be opened with; ``ImageError`` where its name and header quarrel."""
     found = _by_header(path)
+    named = _SUFFIXES.get(path.suffix.lower(), "raw")
+    if (
+        "vmdk" in (given, given == "auto" and named)
+        and _read(path, 0, len(_VMDK_LIST)) == _VMDK_LIST
+    ):
+        raise _in_pieces(path)
     if given != "auto":
         if given not in ("raw", found):
             raise ImageError(f"disk {path} is no {given} image: its header is that of {found}")
         return given  # type: ignore[return-value]  # one of FORMATS: the spec has been checked
-    named = _SUFFIXES.get(path.suffix.lower(), "raw")
     if named not in ("raw", found):
         raise ImageError(
             f"disk {path} is named like a {named} image and is none",
@@ -174,10 +180,14 @@ def _check_vmdk(path: Path) -> None:
     text = _read(path, descriptor << 9, _VMDK_TEXT)
     parent = b"parentFileNameHint" in text
     if not capacity or parent:
-        raise ImageError(
-            f"disk {path} is part of a VMDK of several files",
-            cure=f"qemu-img convert -O qcow2 {path} NEW.qcow2",
-        )
+        raise _in_pieces(path)
+
+
+def _in_pieces(path: Path) -> ImageError:
+    return ImageError(
+        f"disk {path} is part of a VMDK of several files",
+        cure=f"qemu-img convert -O qcow2 {path} NEW.qcow2",
+    )
 
 
 def _read(path: Path, offset: int, size: int) -> bytes:
