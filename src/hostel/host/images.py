@@ -65,10 +65,8 @@ def format_of(path: Path, given: str = "auto") -> Format:
     """The format that ``path`` is to be opened with; ``ImageError`` where its name and header quarrel."""
     found = _by_header(path)
     named = _SUFFIXES.get(path.suffix.lower(), "raw")
-    if (
-        "vmdk" in (given, given == "auto" and named)
-        and _read(path, 0, len(_VMDK_LIST)) == _VMDK_LIST
-    ):
+    wanted = named if given == "auto" else given
+    if wanted == "vmdk" and _read(path, 0, len(_VMDK_LIST)) == _VMDK_LIST:
         raise _in_pieces(path)
     if given != "auto":
         if given not in ("raw", found):
