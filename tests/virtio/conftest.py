@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from virtio.rig import Rig
+from virtio.vsock_guest import Guest, Program
 from virtio.wire import StreamNics
 
 
@@ -15,6 +16,20 @@ def rig() -> Iterator[Rig]:
     rig = Rig()
     yield rig
     rig.close()
+
+
+@pytest.fixture
+def guest(rig: Rig, tmp_path: Path) -> Guest:
+    """A driver of the socket device."""
+    return Guest(rig, tmp_path)
+
+
+@pytest.fixture
+def program(guest: Guest) -> Iterator[Program]:
+    """A program of the host that talks to it."""
+    program = Program(guest)
+    yield program
+    program.close()
 
 
 @pytest.fixture

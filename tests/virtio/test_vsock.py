@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,18 +17,6 @@ from virtio.vsock_guest import BOTH, GUEST_PORT, Guest, Program, client
 
 RST, RESPONSE = abi.VSOCK_OP_RST, abi.VSOCK_OP_RESPONSE
 SEND, RECEIVE = abi.VSOCK_SHUTDOWN_SEND, abi.VSOCK_SHUTDOWN_RCV
-
-
-@pytest.fixture
-def guest(rig: Rig, tmp_path: Path) -> Guest:
-    return Guest(rig, tmp_path)
-
-
-@pytest.fixture
-def program(guest: Guest) -> Iterator[Program]:
-    program = Program(guest)
-    yield program
-    program.close()
 
 
 @pytest.mark.parametrize("transport", ["pci", "mmio"])

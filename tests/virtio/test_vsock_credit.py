@@ -7,7 +7,6 @@ import hashlib
 import os
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,18 +25,6 @@ from virtio.vsock_guest import (
 )
 
 RST, RESPONSE = abi.VSOCK_OP_RST, abi.VSOCK_OP_RESPONSE
-
-
-@pytest.fixture
-def guest(rig: Rig, tmp_path: Path) -> Guest:
-    return Guest(rig, tmp_path)
-
-
-@pytest.fixture
-def program(guest: Guest) -> Iterator[Program]:
-    program = Program(guest)
-    yield program
-    program.close()
 
 
 @pytest.mark.parametrize("transport", ["pci", "mmio"])

@@ -39,18 +39,6 @@ UPDATE, ASK = abi.VSOCK_OP_CREDIT_UPDATE, abi.VSOCK_OP_CREDIT_REQUEST
 
 
 @pytest.fixture
-def guest(rig: Rig, tmp_path: Path) -> Guest:
-    return Guest(rig, tmp_path)
-
-
-@pytest.fixture
-def program(guest: Guest) -> Iterator[Program]:
-    program = Program(guest)
-    yield program
-    program.close()
-
-
-@pytest.fixture
 def bystander(guest: Guest, program: Program) -> Iterator[tuple[Connection, socket.socket]]:
     connection = guest.connect(9000)
     with program.accept() as sock:

@@ -15,6 +15,8 @@ import socket
 from hostel.abi import tun
 from hostel.errors import HostError
 
+from .interface import Interface
+
 TUN = "/dev/net/tun"
 FLAGS = tun.IFF_TAP | tun.IFF_NO_PI | tun.IFF_VNET_HDR
 
@@ -41,6 +43,12 @@ def tun_missing() -> str:
     except OSError as error:
         return f"{TUN}: {error.strerror}"
     return ""
+
+
+def open_queues(nic: Interface) -> list[int]:
+    """What a NIC on a tap or a macvtap needs."""
+    opener = open_tap if nic.backend == "tap" else open_macvtap
+    return opener(nic.target, nic.queues)
 
 
 def open_tap(name: str, queues: int = 1) -> list[int]:

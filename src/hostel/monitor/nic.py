@@ -105,13 +105,12 @@ def _mac(nic: Interface) -> bytes:
 
 def open_ports(nic: Interface) -> Sequence[NetPort]:
     """The host's side of a NIC, one port for each pair of its queues."""
-    from hostel.host.tap import open_macvtap, open_tap
+    from hostel.host.tap import open_queues
     from hostel.virtio.net_port import StreamPort, TapPort
 
     if nic.backend == "stream":
         return [StreamPort(_connect(nic.target))]
-    open_queues = open_tap if nic.backend == "tap" else open_macvtap
-    fds = open_queues(nic.target, nic.queues)
+    fds = open_queues(nic)
     try:
         return [TapPort(fd) for fd in fds]
     except HostError:

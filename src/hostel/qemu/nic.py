@@ -23,13 +23,12 @@ Properties = dict[str, str | int | bool]
 
 def open_taps(plan: Plan, undo: ExitStack) -> dict[str, int]:
     """Descriptors to hand to QEMU, by the names that ``backend`` asks for; ``undo`` closes them."""
-    from hostel.host.tap import open_macvtap, open_tap
-
     fds = {}
     for index, nic in enumerate(plan.nics):
         if nic.backend in ("tap", "macvtap"):
-            opener = open_tap if nic.backend == "tap" else open_macvtap
-            for queue, fd in enumerate(opener(nic.target, nic.queues)):
+            from hostel.host.tap import open_queues
+
+            for queue, fd in enumerate(open_queues(nic)):
                 undo.callback(os.close, fd)
                 fds[f"net{index}.{queue}"] = fd
     return fds

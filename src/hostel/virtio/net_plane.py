@@ -74,6 +74,10 @@ class Filter(msgspec.Struct, frozen=True):
         return wanted and not self.no_unicast
 
 
+def unheard(error: HostelError) -> None:
+    """A plane's ``on_fault`` until the device sets its own."""
+
+
 class NetPlane(Protocol):
     """See the module's contract."""
 

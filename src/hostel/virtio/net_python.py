@@ -28,16 +28,12 @@ from hostel.spec import Limits
 from .device import QueueWiring
 from .limit import Limiter
 from .net_frames import Gate, Receiver, Transmitter
-from .net_plane import Filter, NetPlane
+from .net_plane import Filter, NetPlane, unheard
 from .net_port import NetPort
 from .plane import ServedQueue
 
 UNLIMITED = Limits()
 COST = "the guest is cut off from this network"
-
-
-def unheard(error: HostelError) -> None:
-    pass
 
 
 class Pair:

@@ -27,7 +27,7 @@ from hostel.memory import GuestMemory
 from hostel.vmm.loop import EventLoop
 
 from .device import RING_FEATURES, QueueWiring
-from .net_plane import Filter
+from .net_plane import Filter, unheard
 from .net_port import NetPort
 from .vhost import Vhost
 
@@ -87,15 +87,11 @@ class Pair:
         return positions
 
 
-def _unheard(error: HostelError) -> None:
-    pass
-
-
 class VhostPlane:
     """On the queues of one tap or macvtap, opened with headers; they belong to the plane from now on."""
 
     def __init__(self, loop: EventLoop, ports: Sequence[NetPort]) -> None:
-        self.on_fault: Callable[[HostelError], None] = _unheard
+        self.on_fault: Callable[[HostelError], None] = unheard
         self.max_pairs = len(ports)
         self._loop = loop
         self._memory: GuestMemory | None = None

@@ -25,7 +25,7 @@ from hostel.memory import GuestMemory
 from hostel.vmm.loop import EventLoop
 
 from .device import RING_FEATURES, QueueWiring
-from .net_plane import Filter
+from .net_plane import Filter, unheard
 from .queue import check_rings
 from .vhost_user import Frontend, connect
 
@@ -35,15 +35,12 @@ _OFFLOADS = (
     net.F_MRG_RXBUF,
 )
 KNOWN = sum(1 << bit for bit in _OFFLOADS)
-_PROTOCOL = sum(
-    1 << bit
-    for bit in (
-        abi.PROTOCOL_F_MQ,
-        abi.PROTOCOL_F_RARP,
-        abi.PROTOCOL_F_REPLY_ACK,
-        abi.PROTOCOL_F_NET_MTU,
-        abi.PROTOCOL_F_STATUS,
-    )
+_PROTOCOL = (
+    abi.PROTOCOL_F_MQ,
+    abi.PROTOCOL_F_RARP,
+    abi.PROTOCOL_F_REPLY_ACK,
+    abi.PROTOCOL_F_NET_MTU,
+    abi.PROTOCOL_F_STATUS,
 )
 _STARTED = (
     virtio.CONFIG_S_ACKNOWLEDGE
@@ -53,17 +50,13 @@ _STARTED = (
 )
 
 
-def _unheard(error: HostelError) -> None:
-    pass
-
-
 class VhostUserPlane:
     """``path`` is the socket that the backend listens on. ``mtu`` 0: it is not told."""
 
     def __init__(
         self, loop: EventLoop, path: str | os.PathLike[str], *, name: str, mtu: int = 0
     ) -> None:
-        self.on_fault: Callable[[HostelError], None] = _unheard
+        self.on_fault: Callable[[HostelError], None] = unheard
         self.features = self.without = 0
         self.max_pairs = 1
         self._loop = loop
@@ -117,15 +110,7 @@ class VhostUserPlane:
             raise
 
     def _meet(self, frontend: Frontend) -> None:
-        self._offered = frontend.get_features()
-        for bit, what in (
-            (virtio.F_VERSION_1, "knows legacy virtio only"),
-            (abi.F_PROTOCOL_FEATURES, "has no protocol features"),
-        ):
-            if not self._offered >> bit & 1:
-                raise HelperError(f"{self._name}: the vhost-user backend {what}")
-        frontend.negotiate(_PROTOCOL)
-        frontend.set_owner()
+        self._offered = frontend.shake_hands(*_PROTOCOL)
         # Of a NIC a backend counts pairs, other than of any other device: so does QEMU.
         self.max_pairs = frontend.get_queue_num() if frontend.has(abi.PROTOCOL_F_MQ) else 1
         if self._mtu and frontend.has(abi.PROTOCOL_F_NET_MTU):

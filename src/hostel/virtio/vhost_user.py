@@ -70,6 +70,19 @@ class Frontend:
     def set_owner(self) -> None:
         self._set(abi.SET_OWNER)
 
+    def shake_hands(self, *protocol_features: int) -> int:
+        """Everything that comes before the rings: what the backend offers, if we can talk with it."""
+        offered = self.get_features()
+        for bit, lack in (
+            (virtio.F_VERSION_1, "knows legacy virtio only"),
+            (abi.F_PROTOCOL_FEATURES, "has no protocol features"),
+        ):
+            if not offered >> bit & 1:
+                raise HelperError(f"{self.name}: the vhost-user backend {lack}")
+        self.negotiate(sum(1 << bit for bit in protocol_features))
+        self.set_owner()
+        return offered
+
     def get_queue_num(self) -> int:
         return self._get_u64(abi.GET_QUEUE_NUM)
 
@@ -243,14 +256,9 @@ class VhostUserDevice(VirtioDevice):
             raise HelperError(f"{self.name}: the vhost-user backend is gone")
 
     def _shake_hands(self) -> int:
-        offered = self.frontend.get_features()
-        if not offered >> virtio.F_VERSION_1 & 1:
-            raise HelperError(f"{self.name}: the vhost-user backend knows legacy virtio only")
-        if not offered >> abi.F_PROTOCOL_FEATURES & 1:
-            raise HelperError(f"{self.name}: the vhost-user backend has no protocol features")
-        bits = (abi.PROTOCOL_F_MQ, abi.PROTOCOL_F_REPLY_ACK, abi.PROTOCOL_F_CONFIG)
-        self.frontend.negotiate(sum(1 << bit for bit in bits))
-        self.frontend.set_owner()
+        offered = self.frontend.shake_hands(
+            abi.PROTOCOL_F_MQ, abi.PROTOCOL_F_REPLY_ACK, abi.PROTOCOL_F_CONFIG
+        )
         if self.frontend.has(abi.PROTOCOL_F_MQ):
             most = self.frontend.get_queue_num()
             if most < len(self.queue_sizes):
