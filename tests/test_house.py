@@ -21,7 +21,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 LAYERS = (
     ("errors", "spec", "abi"),
     ("memory", "hypervisor"),
-    ("kvm",),
+    ("kvm", "soft"),
     ("vmm",),
     ("devices", "virtio", "boot"),
     ("guest", "host"),
