@@ -59,7 +59,7 @@ ABI_MAY_IMPORT = {
 IOCTL_USERS = ("kvm/", "virtio/blk", "virtio/vhost", "virtio/net_port", "host/", "cli/")
 """Who issues ioctls: KVM's, a block device's size, vhost's, a tap's, a probe of the host, a terminal's."""
 
-PROGRAM_STARTERS = ("host/", "guest/build", "qemu/")
+PROGRAM_STARTERS = ("host/", "guest/build", "soft/mini/build", "qemu/")
 """Who starts programs. All else asks host/."""
 
 

@@ -1,0 +1,52 @@
+"""The table of mini guests: what each exercises, its parameters, and what it says.
+
+To add one: ``NAME.s`` and ``NAME.txt`` beside this file, and a row here. The text is what it says with the
+parameters that stand here; on every host the same.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from .build import HERE, Mode
+
+LOAD_ADDRESS = 0x10_0000
+"""Where an image of mode ``protected`` or ``long`` is, and its entry: 32-bit, flat, paging off."""
+SECTOR_ADDRESS = 0x7C00
+"""Where a boot sector is, and its entry: real mode, all segments 0."""
+RESULT_PAGE = 0x8_0000
+RESULT_MAGIC = b"MINIHOST"
+
+
+class Guest(msgspec.Struct, frozen=True):
+    name: str
+    exercises: str
+    parameters: dict[str, int] = {}
+    mode: Mode = "long"
+    cpus: int = 1
+    irqchip: bool = False
+    """Whether it needs LAPIC, IOAPIC, PIC and PIT."""
+    memory: int = 8 << 20
+    ends: str = "exit"
+    """``exit``: by the debug exit port; ``halt``: in a HLT for ever; ``shutdown``: a triple fault."""
+
+    @property
+    def console(self) -> str:
+        """All that it says, with these parameters."""
+        return (HERE / f"{self.name}.txt").read_text()
+
+
+_ALL = (
+    Guest("hello", "long mode, and a word on the console"),
+    Guest("cpuid", "CPUID: what every x86-64 has"),
+    Guest("ports", "IN, OUT and their strings, each width"),
+    Guest(
+        "faults", "exceptions through an IDT of its own: error codes, CR2, a stack of its own (IST)"
+    ),
+    Guest("software", "software interrupts in ring 0"),
+    Guest("steps", "a trap after each instruction (TF)"),
+    Guest("halt", "HLT with nothing to wake it", ends="halt"),
+    Guest("triple", "a fault without an IDT: shutdown", ends="shutdown"),
+)
+
+GUESTS = {guest.name: guest for guest in _ALL}

@@ -1,0 +1,123 @@
+"""A mini guest on a hypervisor: what it said, what it left, how it ended.
+
+The same for every hypervisor of the contract: vCPUs on threads, and the two ports that a mini guest owns.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+
+import msgspec
+
+from hostel.boot.load import load_kernel
+from hostel.hypervisor import (
+    Exit,
+    HaltExit,
+    Interrupted,
+    MmioExit,
+    PioExit,
+    ShutdownExit,
+    Vcpu,
+)
+from hostel.kvm import System
+from hostel.memory import GuestMemory
+from hostel.soft import mini
+from hostel.vmm import layout
+
+PATIENCE = 60.0
+
+Machine = Callable[[mini.Guest, GuestMemory], AbstractContextManager[list[Vcpu]]]
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """All that two hypervisors must agree on."""
+
+    ends: str
+    console: str
+    results: mini.Results
+
+
+@contextmanager
+def on_kvm(guest: mini.Guest, memory: GuestMemory) -> Iterator[list[Vcpu]]:
+    """vCPUs of a VM of the host's KVM, as a power-on leaves them."""
+    with ExitStack() as undo:
+        system = undo.enter_context(System())
+        vm = undo.enter_context(system.create_vm())
+        vm.set_identity_map_address(layout.KVM_IDENTITY_MAP)
+        vm.set_tss_address(layout.KVM_TSS)
+        for slot, region in enumerate(memory.regions):
+            vm.map(slot, region)
+        if guest.irqchip:
+            vm.create_irqchip()
+            vm.create_pit()
+        vcpus = [undo.enter_context(vm.create_vcpu(id)) for id in range(guest.cpus)]
+        for vcpu in vcpus:
+            vcpu.set_cpuid(system.supported_cpuid())
+        yield list[Vcpu](vcpus)
+
+
+class _Run:
+    """Threads of one guest; the first ending counts."""
+
+    def __init__(self, vcpus: list[Vcpu]) -> None:
+        self.vcpus = vcpus
+        self.said = bytearray()
+        self.ends = ""
+        self.done = threading.Event()
+
+    def serve(self, vcpu: Vcpu) -> None:
+        while not self.done.is_set():
+            if ends := self.answer(vcpu.run()):
+                self.ends = self.ends or ends
+                self.done.set()
+
+    def answer(self, exit: Exit) -> str:
+        """How the guest has ended; "" if it goes on."""
+        match exit:
+            case PioExit():
+                return self.port(exit)
+            case HaltExit():
+                return "halt"
+            case ShutdownExit():
+                return "shutdown"
+            case MmioExit(is_write=False):
+                exit.data[:] = b"\xff" * len(exit.data)
+            case MmioExit() | Interrupted():
+                pass
+            case _:
+                return f"{exit}"
+        return ""
+
+    def port(self, exit: PioExit) -> str:
+        if not exit.is_write:
+            exit.data[:] = (b"\xe9" if exit.port == 0xE9 else b"\xff") * len(exit.data)
+        elif exit.port == 0xE9:
+            self.said += exit.data
+        elif exit.port == 0xF4:
+            return "exit" if exit.data[0] == 0 else f"exit {exit.data[0]}"
+        return ""
+
+    def until_end(self) -> None:
+        threads = [threading.Thread(target=self.serve, args=(vcpu,)) for vcpu in self.vcpus]
+        for thread in threads:
+            thread.start()
+        if not self.done.wait(PATIENCE):
+            self.ends = "no end"
+            self.done.set()
+        for vcpu, thread in zip(self.vcpus, threads, strict=True):
+            while thread.is_alive():
+                vcpu.kick()
+                thread.join(0.05)
+
+
+def play(machine: Machine, name: str, **parameters: int) -> Outcome:
+    guest = mini.guest(name)
+    with GuestMemory(guest.memory) as memory:
+        entry = load_kernel(memory, mini.image(name, **parameters))
+        with machine(guest, memory) as vcpus:
+            entry.apply(vcpus[0])
+            run = _Run(vcpus)
+            run.until_end()
+        return Outcome(run.ends, run.said.decode("latin-1"), mini.results(memory))

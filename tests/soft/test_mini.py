@@ -1,0 +1,58 @@
+"""Mini guests on the host's own KVM: each says what its table says; how images are built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hostel.errors import MissingTool, SpecError
+from hostel.soft import mini
+from hostel.soft.mini import build
+from soft.mini_rig import on_kvm, play
+
+NOT_ON_PVM = {
+    "software": "its emulator of ring 0 knows INT n in real mode only",
+}
+"""What a KVM that interprets ring 0 cannot run: there real KVM is asked for."""
+
+
+def needed(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.linux_kvm] if name in NOT_ON_PVM else [pytest.mark.kvm]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needed(name)) for name in mini.names()])
+def test_it_says_on_kvm_what_the_table_says(name: str) -> None:
+    outcome = play(on_kvm, name)
+    assert outcome.console == mini.guest(name).console
+    assert outcome.ends == mini.guest(name).ends
+
+
+def test_every_source_is_in_the_table() -> None:
+    assert sorted(path.stem for path in build.HERE.glob("*.s")) == sorted(mini.names())
+    assert sorted(path.stem for path in build.HERE.glob("*.txt")) == sorted(mini.names())
+
+
+def test_an_image_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = mini.image("hello")
+    changed = first.stat().st_mtime_ns
+    assert first.is_relative_to(tmp_path)
+    assert mini.image("hello") == first
+    assert first.stat().st_mtime_ns == changed
+    assert [path.name for path in first.parent.iterdir()] == [first.name]
+
+
+def test_wrong_names_are_told() -> None:
+    with pytest.raises(SpecError, match="no mini guest 'helo'; one of: hello"):
+        mini.image("helo")
+    with pytest.raises(SpecError, match="hello has no parameter 'pages'; one of: none"):
+        mini.image("hello", pages=3)
+
+
+def test_without_an_assembler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    build._tools.cache_clear()
+    with pytest.raises(MissingTool, match=r"no as found; .*; apt-get install binutils"):
+        mini.image("hello")
