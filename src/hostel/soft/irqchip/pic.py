@@ -123,7 +123,10 @@ class Pic:
         self._settle()
 
     def _settle(self) -> None:
-        self._master.set(_CASCADE, self._slave.asking is not None)
+        asking = self._slave.asking is not None
+        self._master.set(_CASCADE, asking)
+        if not asking:  # withdrawn before it was taken: an edge would stay, and be spurious
+            self._master.irr &= ~(1 << _CASCADE)
         if self.asking:
             self._on_event()
 
