@@ -25,7 +25,7 @@ from hostel.memory import GuestMemory
 PAGE = 4096
 RAM_BASE = 4 << 30
 _GIB = 1 << 30
-_U64 = Struct("<Q")
+_U32, _U64 = Struct("<I"), Struct("<Q")
 
 
 class Span(msgspec.Struct, frozen=True):
@@ -105,9 +105,16 @@ class PhysicalMemory:
     def write(self, hpa: int, data: bytes) -> None:
         self.view(hpa, len(data))[:] = data
 
+    def read_u32(self, hpa: int) -> int:
+        value: int = _U32.unpack(self.view(hpa, 4))[0]
+        return value
+
     def read_u64(self, hpa: int) -> int:
         value: int = _U64.unpack(self.view(hpa, 8))[0]
         return value
+
+    def write_u32(self, hpa: int, value: int) -> None:
+        _U32.pack_into(self.view(hpa, 4), 0, value)
 
     def write_u64(self, hpa: int, value: int) -> None:
         _U64.pack_into(self.view(hpa, 8), 0, value)

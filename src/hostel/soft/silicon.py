@@ -34,6 +34,8 @@ class Translation(NamedTuple):
     writable: bool
     """False also while the dirty bit has still to be set: the first write asks again."""
     executable: bool
+    readable: bool = True
+    """False for what a supervisor may fetch and SMAP forbids it to read."""
 
 
 class PageFault(Exception):
@@ -65,7 +67,16 @@ class Mmu(Protocol):
         """The page of a linear address; ``PageFault`` or ``EptFault``. Sets accessed and dirty bits.
 
         ``user``: an access of CPL 3, as opposed to a supervisor's (also an implicit one from CPL 3).
+        What it returns depends on RFLAGS.AC where CR4.SMAP is set: a core that keeps it asks again
+        when AC has changed.
         """
+
+    def invalidate(self, controls: Controls, address: int) -> None:
+        """INVLPG, executed by the guest without an exit."""
+
+    def flush(self, controls: Controls, *, keep_global: bool) -> None:
+        """A MOV to CR3 (``keep_global``), or a change of CR0, CR4 or EFER that the manual says flushes
+        (SDM vol. 3A §4.10.4.1), executed by the guest without an exit."""
 
 
 class Pin(IntFlag):
