@@ -1,0 +1,292 @@
+"""An IOMMU: the MMU of devices (VT-d specification rev. 4; AMD's and ARM's SMMU do the same).
+
+::
+
+    source-id bus:dev.fn ─► root table [bus] ─► context table [dev.fn] ─► domain, second-level table
+    DMA address ───────────────────────────────► 3 or 4 levels, R and W a page ─► host-physical address
+
+A device names itself with every access; it cannot lie, the bus adds its source-id. What it was not
+given is a fault: the access does nothing, and is recorded. Tables are cached (contexts by source-id,
+translations by domain) until software invalidates them: a mapping that is taken away stays usable until
+then, which is why a driver must invalidate before it reuses the page.
+
+The tables lie in ``memory``: host-physical for the host's IOMMU, a machine's own for one that a guest
+programs.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from enum import IntEnum
+from typing import Protocol
+
+import msgspec
+
+from hostel.errors import MemoryFault
+
+from .physical import PAGE, PhysicalMemory
+
+PRESENT, READ, WRITE, LARGE = 1, 1, 2, 1 << 7
+_ADDRESS = (1 << 52) - PAGE
+_MAX_FAULTS = 16
+"""Fault recording registers; one more sets the overflow (§7.3.1)."""
+_IOTLB_SIZE, _CONTEXTS = 256, 64
+
+
+class DmaFault(IntEnum):
+    """Reasons (VT-d §7.1.3, table 25: legacy mode)."""
+
+    ROOT_NOT_PRESENT = 1
+    CONTEXT_NOT_PRESENT = 2
+    CONTEXT_INVALID = 3
+    BEYOND_WIDTH = 4
+    WRITE_DENIED = 5
+    READ_DENIED = 6
+    TABLE_ACCESS = 7
+    ROOT_ACCESS = 8
+    CONTEXT_ACCESS = 9
+    TABLE_RESERVED = 12
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """A fault record (§7.3.1)."""
+
+    source: int
+    address: int
+    """Of the page."""
+    reason: DmaFault
+    is_write: bool
+
+
+class Refusal(Exception):
+    """The access was stopped; ``fault`` says why."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(f"DMA refused: {fault}")
+        self.fault = fault
+
+
+class Memory(Protocol):
+    """Where tables are, and what a device reaches when it is let through."""
+
+    def read(self, address: int, size: int, /) -> bytes: ...
+    def write(self, address: int, data: bytes, /) -> None: ...
+    def read_u64(self, address: int, /) -> int: ...
+
+
+class IommuStatistics(msgspec.Struct):
+    translations: int = 0
+    iotlb_hits: int = 0
+    context_hits: int = 0
+    references: int = 0
+    """Table entries read."""
+    faults: int = 0
+    invalidations: int = 0
+
+
+class _Context(msgspec.Struct, frozen=True):
+    domain: int
+    table: int
+    levels: int
+    through: bool
+    """Pass-through: addresses are host-physical as they come (translation type 2)."""
+    quiet: bool
+    """Faults are not recorded (FPD)."""
+
+
+class _Page(msgspec.Struct, frozen=True):
+    frame: int
+    size: int
+    rights: int
+
+
+class Iommu:
+    """``root_table`` 0 is "translation off": every address is let through, as on a host without it."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self.root_table = 0
+        self.faults: list[Fault] = []
+        self.overflow = False
+        self.statistics = IommuStatistics()
+        self._contexts: OrderedDict[int, _Context] = OrderedDict()
+        self._pages: OrderedDict[tuple[int, int], _Page] = OrderedDict()
+
+    # --- Translation ---
+
+    def translate(self, source: int, address: int, *, is_write: bool) -> tuple[int, int]:
+        """The host-physical address, and how many bytes from there are contiguous. ``Refusal``."""
+        if not self.root_table:
+            return address, PAGE - address % PAGE
+        self.statistics.translations += 1
+        context = self._context(source, address, is_write)
+        if context.through:
+            return address, PAGE - address % PAGE
+        page = self._page(source, context, address, is_write)
+        if not page.rights & (WRITE if is_write else READ):
+            reason = DmaFault.WRITE_DENIED if is_write else DmaFault.READ_DENIED
+            raise self._refuse(source, address, is_write, reason, quiet=context.quiet)
+        offset = address % page.size
+        return page.frame + offset, page.size - offset
+
+    def _context(self, source: int, address: int, is_write: bool) -> _Context:
+        """§3.4: by root entry (bus) and context entry (device and function)."""
+        if known := self._contexts.get(source):
+            self.statistics.context_hits += 1
+            self._contexts.move_to_end(source)
+            return known
+
+        def refuse(reason: DmaFault, quiet: bool = False) -> Refusal:
+            return self._refuse(source, address, is_write, reason, quiet=quiet)
+
+        root = self._entry(self.root_table + (source >> 8) * 16)
+        if root is None:
+            raise refuse(DmaFault.ROOT_ACCESS)
+        if not root & PRESENT:
+            raise refuse(DmaFault.ROOT_NOT_PRESENT)
+        at = (root & _ADDRESS) + (source & 0xFF) * 16
+        low, high = self._entry(at), self._entry(at + 8)
+        if low is None or high is None:
+            raise refuse(DmaFault.CONTEXT_ACCESS)
+        if not low & PRESENT:
+            raise refuse(DmaFault.CONTEXT_NOT_PRESENT, bool(low & 2))
+        kind, levels = low >> 2 & 3, (high & 7) + 2
+        if kind not in (0, 2) or levels not in (3, 4):
+            raise refuse(DmaFault.CONTEXT_INVALID, bool(low & 2))
+        found = _Context(high >> 8 & 0xFFFF, low & _ADDRESS, levels, kind == 2, bool(low & 2))
+        self._contexts[source] = found
+        if len(self._contexts) > _CONTEXTS:
+            self._contexts.popitem(last=False)
+        return found
+
+    def _page(self, source: int, context: _Context, address: int, is_write: bool) -> _Page:
+        key = context.domain, address // PAGE
+        if known := self._pages.get(key):
+            self.statistics.iotlb_hits += 1
+            self._pages.move_to_end(key)
+            return known
+        found = self._walk(context, address)
+        if isinstance(found, DmaFault):
+            raise self._refuse(source, address, is_write, found, quiet=context.quiet)
+        if found.rights:  # what is not present is not cached (§6.2.2, caching mode off)
+            self._pages[key] = found
+            if len(self._pages) > _IOTLB_SIZE:
+                self._pages.popitem(last=False)
+        return found
+
+    def _walk(self, context: _Context, address: int) -> _Page | DmaFault:
+        """§3.7: second-level translation; rights are those that every level gives."""
+        if address >> 12 + 9 * context.levels:
+            return DmaFault.BEYOND_WIDTH
+        table, rights = context.table, READ | WRITE
+        for level in range(context.levels, 0, -1):
+            shift = 12 + 9 * (level - 1)
+            entry = self._entry(table + (address >> shift & 511) * 8)
+            if entry is None:
+                return DmaFault.TABLE_ACCESS
+            rights &= entry
+            size = 1 << shift
+            if not rights:
+                return _Page(0, PAGE, 0)
+            if level == 1 or (entry & LARGE and level < 4):
+                if entry & _ADDRESS & size - 1:
+                    return DmaFault.TABLE_RESERVED
+                return _Page(entry & _ADDRESS, size, rights)
+            if entry & LARGE:
+                return DmaFault.TABLE_RESERVED
+            table = entry & _ADDRESS
+        raise AssertionError("the last level returns")
+
+    def _entry(self, address: int) -> int | None:
+        self.statistics.references += 1
+        try:
+            return self._memory.read_u64(address)
+        except MemoryFault:
+            return None
+
+    def _refuse(
+        self, source: int, address: int, is_write: bool, reason: DmaFault, *, quiet: bool
+    ) -> Refusal:
+        fault = Fault(source, address & -PAGE, reason, is_write)
+        self.statistics.faults += 1
+        if quiet:
+            return Refusal(fault)
+        if len(self.faults) < _MAX_FAULTS:
+            self.faults.append(fault)
+        else:
+            self.overflow = True
+        return Refusal(fault)
+
+    def take_faults(self) -> list[Fault]:
+        """What software does at a fault interrupt: read the records and clear them."""
+        taken, self.faults, self.overflow = self.faults, [], False
+        return taken
+
+    # --- Invalidation (§6.5) ---
+
+    def invalidate_contexts(self, source: int | None = None, domain: int | None = None) -> None:
+        """Of one device, of one domain, or (neither) of all. Translations stay: invalidate those too."""
+        self.statistics.invalidations += 1
+        for one, context in list(self._contexts.items()):
+            if source in (None, one) and domain in (None, context.domain):
+                del self._contexts[one]
+
+    def invalidate_iotlb(
+        self, domain: int | None = None, address: int | None = None, pages: int = 1
+    ) -> None:
+        """Of all, of one domain, or of ``pages`` pages of a domain from ``address``."""
+        self.statistics.invalidations += 1
+        first = 0 if address is None else address // PAGE
+        last = 1 << 52 if address is None else first + pages
+        for key in list(self._pages):
+            if domain in (None, key[0]) and first <= key[1] < last:
+                del self._pages[key]
+
+
+class Tables:
+    """What the host's driver does: root, context and second-level tables in frames of their own."""
+
+    def __init__(self, memory: PhysicalMemory) -> None:
+        self._memory = memory
+        self.root = memory.allocate()
+
+    def domain(self) -> int:
+        """An empty second-level table."""
+        return self._memory.allocate()
+
+    def assign(self, source: int, domain: int, table: int) -> None:
+        """Give a device to a domain; 4 levels, 48 bits."""
+        at = self.root + (source >> 8) * 16
+        if not self._memory.read_u64(at) & PRESENT:
+            self._memory.write_u64(at, self._memory.allocate() | PRESENT)
+        entry = (self._memory.read_u64(at) & _ADDRESS) + (source & 0xFF) * 16
+        self._memory.write_u64(entry + 8, domain << 8 | 2)
+        self._memory.write_u64(entry, table | PRESENT)
+
+    def remove(self, source: int) -> None:
+        at = self._memory.read_u64(self.root + (source >> 8) * 16)
+        if at & PRESENT:
+            self._memory.write_u64((at & _ADDRESS) + (source & 0xFF) * 16, 0)
+
+    def map(
+        self, table: int, address: int, hpa: int, size: int, rights: int = READ | WRITE
+    ) -> None:
+        """Map whole pages; the largest that both addresses are aligned for. ``rights`` 0 takes them away."""
+        end = address + size
+        while address < end:
+            level = next(
+                level
+                for level in (3, 2, 1)
+                if not (address | hpa) % (step := PAGE << 9 * (level - 1)) and end - address >= step
+            )
+            self._set(table, address, level, hpa | rights | (LARGE if level > 1 else 0))
+            address, hpa = address + step, hpa + step
+
+    def _set(self, table: int, address: int, level: int, entry: int) -> None:
+        for above in range(4, level, -1):
+            at = table + (address >> 12 + 9 * (above - 1) & 511) * 8
+            if not self._memory.read_u64(at) & (READ | WRITE):
+                self._memory.write_u64(at, self._memory.allocate() | READ | WRITE)
+            table = self._memory.read_u64(at) & _ADDRESS
+        at = table + (address >> 12 + 9 * (level - 1) & 511) * 8
+        self._memory.write_u64(at, entry if entry & (READ | WRITE) else 0)
