@@ -5,6 +5,7 @@ The same for every hypervisor of the contract: vCPUs on threads, and the two por
 
 from __future__ import annotations
 
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -121,3 +122,34 @@ def play(machine: Machine, name: str, **parameters: int) -> Outcome:
             run = _Run(vcpus)
             run.until_end()
         return Outcome(run.ends, run.said.decode("latin-1"), mini.results(memory))
+
+
+def on_qemu(name: str, **parameters: int) -> str:
+    """What it says on QEMU's emulated processor."""
+    guest = mini.guest(name)
+    machine = (
+        "-accel",
+        "tcg",
+        "-cpu",
+        "max",
+        "-smp",
+        str(guest.cpus),
+        "-m",
+        str(guest.memory >> 20),
+    )
+    console = (
+        "-chardev",
+        "stdio,id=console",
+        "-device",
+        "isa-debugcon,iobase=0xe9,chardev=console",
+    )
+    leave = ("-no-reboot", "-device", "isa-debug-exit,iobase=0xf4,iosize=4")
+    kernel = ("-display", "none", "-nodefaults", "-kernel", str(mini.image(name, **parameters)))
+    done = subprocess.run(
+        ["qemu-system-x86_64", *machine, *console, *leave, *kernel],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    return done.stdout.decode("latin-1")

@@ -31,7 +31,8 @@ main:
     report_fault "task"
     mov %rsp, %rbp
     lea 0x100(%rbx), %rsp
-    movb $1, idt + 12 * 16 + 4  # IST1: the stack is bad
+    movb $1, idt + 12 * 16 + 4  # #SS, and what else may come of it: IST1, for the stack is bad
+    movb $1, idt + 13 * 16 + 4
     attempt push %rax
     mov %rbp, %rsp
     report_fault "stack"

@@ -26,7 +26,7 @@ class Guest(msgspec.Struct, frozen=True):
     cpus: int = 1
     irqchip: bool = False
     """Whether it needs LAPIC, IOAPIC, PIC and PIT."""
-    memory: int = 8 << 20
+    memory: int = 64 << 20
     ends: str = "exit"
     """``exit``: by the debug exit port; ``halt``: in a HLT for ever; ``shutdown``: a triple fault."""
 
@@ -46,6 +46,23 @@ _ALL = (
     Guest("software", "software interrupts in ring 0"),
     Guest("steps", "a trap after each instruction (TF)"),
     Guest("halt", "HLT with nothing to wake it", ends="halt"),
+    Guest("compute", "arithmetic and branches", {"rounds": 10_000}),
+    Guest("memory", "streams, a copy, random places", {"kib": 64, "rounds": 1}),
+    Guest("calls", "a recursion, and calls through a table", {"depth": 14, "rounds": 2000}),
+    Guest("syscall", "SYSCALL and SYSRET, or INT 0x80 and IRET", {"rounds": 300, "gate": 0}),
+    Guest("rings", "what ring 3 may not do"),
+    Guest("churn", "map, use, unmap", {"pages": 16, "rounds": 4}),
+    Guest("demand", "page faults: not present, protected", {"pages": 48}),
+    Guest("fork", "address spaces copied on write", {"pages": 8, "copies": 3}),
+    Guest(
+        "switch", "CR3 loads between processes", {"processes": 4, "rounds": 10, "kernel_global": 0}
+    ),
+    Guest("accessed", "accessed and dirty bits"),
+    Guest("selfmod", "code that changes itself, by its own address and by another", {"rounds": 50}),
+    Guest("large", "a page of 2 MiB beside small ones; a split; reserved bits"),
+    Guest("huge", "a page of 1 GiB beside small ones"),
+    Guest("guards", "NX, WP, SMEP, SMAP", {"smep": 1, "smap": 1}),
+    Guest("invlpg", "what must be seen after INVLPG, a CR3 load, a change of CR4.PGE"),
     Guest("triple", "a fault without an IDT: shutdown", ends="shutdown"),
 )
 
