@@ -28,6 +28,7 @@ LAYERS = (
     ("plan", "root", "prepare", "disks"),
     ("monitor", "qemu"),
     ("machine",),
+    ("lab",),
     ("cli",),
 )
 """A module imports from the layers above its own, and from its own."""

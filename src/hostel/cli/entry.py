@@ -42,6 +42,7 @@ VERBS = {
     "boot": "Boot any kernel on its raw serial console.",
     "kernel": "List and fetch guest kernels.",
     "vsock": "Connect to a vsock port of a running machine.",
+    "lab": "Watch a mechanism of virtualization at work.",
     "doctor": "Say what this host offers and what it lacks.",
     "completion": "Print a script that completes hostel's commands in a shell.",
 }

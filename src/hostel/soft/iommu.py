@@ -17,6 +17,7 @@ programs.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Protocol
 
@@ -109,6 +110,8 @@ class Iommu:
         self.faults: list[Fault] = []
         self.overflow = False
         self.statistics = IommuStatistics()
+        self.on_entry: Callable[[str, int, int], None] | None = None
+        """Called with every table entry read: which table's, where it is, what it holds."""
         self._contexts: OrderedDict[int, _Context] = OrderedDict()
         self._pages: OrderedDict[tuple[int, int], _Page] = OrderedDict()
 
@@ -139,13 +142,13 @@ class Iommu:
         def refuse(reason: DmaFault, quiet: bool = False) -> Refusal:
             return self._refuse(source, address, is_write, reason, quiet=quiet)
 
-        root = self._entry(self.root_table + (source >> 8) * 16)
+        root = self._entry("root", self.root_table + (source >> 8) * 16)
         if root is None:
             raise refuse(DmaFault.ROOT_ACCESS)
         if not root & PRESENT:
             raise refuse(DmaFault.ROOT_NOT_PRESENT)
         at = (root & _ADDRESS) + (source & 0xFF) * 16
-        low, high = self._entry(at), self._entry(at + 8)
+        low, high = self._entry("context", at), self._entry("context", at + 8)
         if low is None or high is None:
             raise refuse(DmaFault.CONTEXT_ACCESS)
         if not low & PRESENT:
@@ -181,7 +184,7 @@ class Iommu:
         table, rights = context.table, READ | WRITE
         for level in range(context.levels, 0, -1):
             shift = 12 + 9 * (level - 1)
-            entry = self._entry(table + (address >> shift & 511) * 8)
+            entry = self._entry(f"level {level}", table + (address >> shift & 511) * 8)
             if entry is None:
                 return DmaFault.TABLE_ACCESS
             rights &= entry
@@ -197,12 +200,15 @@ class Iommu:
             table = entry & _ADDRESS
         raise AssertionError("the last level returns")
 
-    def _entry(self, address: int) -> int | None:
+    def _entry(self, table: str, address: int) -> int | None:
         self.statistics.references += 1
         try:
-            return self._memory.read_u64(address)
+            value = self._memory.read_u64(address)
         except MemoryFault:
             return None
+        if self.on_entry:
+            self.on_entry(table, address, value)
+        return value
 
     def _refuse(
         self, source: int, address: int, is_write: bool, reason: DmaFault, *, quiet: bool

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from hostel.lab import Report, Step, Table, draw
+from hostel.lab.draw import Node, Span
+
+
+def test_table_aligns_numbers_right() -> None:
+    table = Table("Costs", ("way", "exits"), (("shadow", 12345), ("EPT", None)))
+    assert list(draw.table(table)) == [
+        "Costs",
+        "way      exits",
+        "shadow  12,345",
+        "EPT          –",
+    ]
+
+
+def test_timeline() -> None:
+    lanes = {"pCPU 0": [Span(0, 50, "a"), Span(50, 100, "b")], "pCPU 1": [Span(25, 75, "c")]}
+    assert list(draw.timeline(lanes, width=8)) == [
+        "pCPU 0 │aaaabbbb│",
+        "pCPU 1 │  cccc  │",
+        "       0      100",
+    ]
+
+
+def test_a_timeline_of_nothing_is_nothing() -> None:
+    assert list(draw.timeline({"pCPU 0": []})) == []
+
+
+def test_tree() -> None:
+    root = Node("PML4", (Node("[0] PDPT", (Node("[1] page"),)), Node("[511] loop")))
+    assert list(draw.tree(root)) == ["PML4", "├─ [0] PDPT", "│  └─ [1] page", "└─ [511] loop"]
+
+
+def test_a_long_trace_is_cut_and_says_so() -> None:
+    steps = tuple(Step("guest", f"step {n}", n) for n in range(5))
+    lines = list(draw.report(Report("x", "Why?", steps), steps=2))
+    assert lines == [
+        "Why?",
+        "",
+        "0  guest  step 0",
+        "1  guest  step 1",
+        "… and 3 steps more (--steps)",
+    ]
