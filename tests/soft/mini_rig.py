@@ -26,6 +26,7 @@ from hostel.kvm import System
 from hostel.memory import GuestMemory
 from hostel.soft import mini
 from hostel.vmm import layout
+from hostel.vmm.irq import pin_routes
 
 PATIENCE = 60.0
 
@@ -53,6 +54,7 @@ def on_kvm(guest: mini.Guest, memory: GuestMemory) -> Iterator[list[Vcpu]]:
         if guest.irqchip:
             vm.create_irqchip()
             vm.create_pit()
+            vm.set_gsi_routes(pin_routes())
         vcpus = [undo.enter_context(vm.create_vcpu(id)) for id in range(guest.cpus)]
         for vcpu in vcpus:
             vcpu.set_cpuid(system.supported_cpuid())
@@ -114,7 +116,9 @@ class _Run:
 
 
 def play(machine: Machine, name: str, **parameters: int) -> Outcome:
-    guest = mini.guest(name)
+    guest = msgspec.structs.replace(
+        mini.guest(name), parameters=mini.guest(name).parameters | parameters
+    )
     with GuestMemory(guest.memory) as memory:
         entry = load_kernel(memory, mini.image(name, **parameters))
         with machine(guest, memory) as vcpus:

@@ -33,7 +33,7 @@ def test_it_says_on_kvm_what_the_table_says(name: str) -> None:
 @pytest.mark.qemu
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("software", {}), ("syscall", {}), ("syscall", {"gate": 1}), ("demand", {})],
+    [("software", {}), ("syscall", {}), ("syscall", {"gate": 1}), ("ipi", {"x2apic": 0})],
 )
 def test_it_says_the_same_on_an_emulated_processor(name: str, parameters: dict[str, int]) -> None:
     """A third judge, for what this host's KVM may lack."""

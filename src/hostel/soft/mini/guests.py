@@ -23,12 +23,15 @@ class Guest(msgspec.Struct, frozen=True):
     exercises: str
     parameters: dict[str, int] = {}
     mode: Mode = "long"
-    cpus: int = 1
     irqchip: bool = False
-    """Whether it needs LAPIC, IOAPIC, PIC and PIT."""
+    """It needs LAPIC, IOAPIC, PIC and PIT."""
     memory: int = 64 << 20
     ends: str = "exit"
     """``exit``: by the debug exit port; ``halt``: in a HLT for ever; ``shutdown``: a triple fault."""
+
+    @property
+    def cpus(self) -> int:
+        return self.parameters.get("cpus", 1)
 
     @property
     def console(self) -> str:
@@ -63,6 +66,25 @@ _ALL = (
     Guest("huge", "a page of 1 GiB beside small ones"),
     Guest("guards", "NX, WP, SMEP, SMAP", {"smep": 1, "smap": 1}),
     Guest("invlpg", "what must be seen after INVLPG, a CR3 load, a change of CR4.PGE"),
+    Guest(
+        "ipi",
+        "interrupts between processors, priorities",
+        {"rounds": 20, "cpus": 2, "x2apic": 1},
+        irqchip=True,
+    ),
+    Guest(
+        "timer",
+        "the local APIC's timer, HLT",
+        {"ticks": 5, "interval": 1_000_000, "x2apic": 1},
+        irqchip=True,
+    ),
+    Guest("pit", "the PIT through PIC and IOAPIC", {"ticks": 5, "divisor": 2386}, irqchip=True),
+    Guest(
+        "migrate",
+        "threads that move over the guest's processors by IPIs",
+        {"threads": 3, "yields": 9, "work": 50, "cpus": 2, "x2apic": 1},
+        irqchip=True,
+    ),
     Guest("triple", "a fault without an IDT: shutdown", ends="shutdown"),
 )
 
