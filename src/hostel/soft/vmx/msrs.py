@@ -1,0 +1,122 @@
+"""MSRs of our processor, by RDMSR and WRMSR and by the MSR areas of a VMCS (SDM vol. 3C §24.7.2, §24.8.2).
+
+An entry of an area is 16 bytes: the MSR's number, four bytes of zero, its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from struct import Struct
+
+from hostel.errors import MemoryFault
+from hostel.soft.physical import PhysicalMemory
+from hostel.soft.state import (
+    CR0_PG,
+    EFER_LMA,
+    EFER_LME,
+    MSR_CSTAR,
+    MSR_EFER,
+    MSR_FS_BASE,
+    MSR_GS_BASE,
+    MSR_KERNEL_GS_BASE,
+    MSR_LSTAR,
+    MSR_MISC_ENABLE,
+    MSR_PAT,
+    MSR_SFMASK,
+    MSR_STAR,
+    MSR_SYSENTER_CS,
+    MSR_SYSENTER_EIP,
+    MSR_SYSENTER_ESP,
+    MSR_TSC_AUX,
+    CpuState,
+)
+from hostel.soft.vmx.capabilities import CAPABILITIES, EFER_KNOWN, canonical
+from hostel.soft.vmx.check_host import valid_pat
+from hostel.soft.vmx.enter import MSR_DEBUGCTL
+
+ENTRY = Struct("<IIQ")
+
+PLAIN = frozenset(
+    {MSR_SYSENTER_CS, MSR_MISC_ENABLE, MSR_STAR, MSR_SFMASK, MSR_TSC_AUX, MSR_DEBUGCTL}
+)
+ADDRESSES = frozenset(
+    {MSR_SYSENTER_ESP, MSR_SYSENTER_EIP, MSR_LSTAR, MSR_CSTAR, MSR_KERNEL_GS_BASE}
+)
+"""These hold a linear address, which must be canonical."""
+HELD = PLAIN | ADDRESSES | {MSR_PAT}
+"""What ``CpuState.msrs`` holds."""
+PAT_AT_RESET = 0x0007_0406_0007_0406
+
+
+def read_msr(state: CpuState, number: int) -> int | None:
+    """RDMSR; None where it would be #GP."""
+    if number in HELD:
+        return state.msrs.get(number, PAT_AT_RESET if number == MSR_PAT else 0)
+    if number == MSR_EFER:
+        return state.efer
+    if number == MSR_FS_BASE:
+        return state.fs.base
+    if number == MSR_GS_BASE:
+        return state.gs.base
+    return CAPABILITIES.get(number)
+
+
+def write_msr(state: CpuState, number: int, value: int) -> bool:
+    """WRMSR; False where it would be #GP."""
+    if number == MSR_EFER:
+        return _write_efer(state, value)
+    if number in (MSR_FS_BASE, MSR_GS_BASE):
+        if canonical(value):
+            (state.fs if number == MSR_FS_BASE else state.gs).base = value
+        return canonical(value)
+    good = (
+        number in PLAIN
+        or (number in ADDRESSES and canonical(value))
+        or (number == MSR_PAT and valid_pat(value))
+    )
+    if good:
+        state.msrs[number] = value
+    return good
+
+
+def _write_efer(state: CpuState, value: int) -> bool:
+    """LMA cannot be written; LME not changed while paging is on (SDM vol. 3A §4.1.1)."""
+    changed = (value ^ state.efer) & EFER_LME
+    if value & ~EFER_KNOWN or (changed and state.cr0 & CR0_PG):
+        return False
+    state.efer = value & ~EFER_LMA | state.efer & EFER_LMA
+    return True
+
+
+# --- Areas ---
+
+
+def load_area(state: CpuState, memory: PhysicalMemory, address: int, count: int) -> int:
+    """§26.4, §27.6: load them in order. The number, from 1, of the entry that cannot be; 0 if all are."""
+    for number in range(count):
+        try:
+            msr, reserved, value = ENTRY.unpack(memory.view(address + 16 * number, 16))
+        except MemoryFault:
+            return number + 1
+        # FS.base and GS.base have fields of their own; the x2APIC's MSRs are refused (§26.4).
+        refused = reserved or msr in (MSR_FS_BASE, MSR_GS_BASE) or msr >> 8 == 8
+        if refused or not write_msr(state, msr, value):
+            return number + 1
+    return 0
+
+
+def store_area(
+    memory: PhysicalMemory, address: int, count: int, read: Callable[[int], int | None]
+) -> int:
+    """§27.4: as ``load_area``, the other way."""
+    for number in range(count):
+        at = address + 16 * number
+        try:
+            msr, reserved, _ = ENTRY.unpack(memory.view(at, 16))
+        except MemoryFault:
+            return number + 1
+        value = None if reserved or msr >> 8 == 8 else read(msr)
+        if value is None:
+            return number + 1
+        memory.write_u64(at + 8, value)
+    return 0

@@ -1,0 +1,144 @@
+"""A VMCS: the region in its frame, and what the processor remembers of it while it is active.
+
+All data is in the frame's bytes. Beside them a processor may cache, and ours does: which areas it has
+found right since they were last written, and the execution controls as its core takes them. VMWRITE
+drops what it touches; VMCLEAR and VMPTRLD drop all.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+
+from hostel.errors import MemoryFault
+from hostel.soft.physical import PAGE, PhysicalMemory
+from hostel.soft.silicon import Controls
+from hostel.soft.vmx.fields import (
+    ACCESS,
+    CONTROL_AREA,
+    CONTROLS_AT,
+    EXIT_AREA,
+    EXIT_AT,
+    GUEST_AREA,
+    GUEST_AT,
+    HOST_AREA,
+    HOST_AT,
+    PLACE,
+    Field,
+    Kind,
+)
+from hostel.soft.vmx.results import AbortCause
+
+CLEAR, LAUNCHED = 0, 1
+"""Launch states (SDM vol. 3C §24.1)."""
+
+_U32 = Struct("<I")
+_U64 = Struct("<Q")
+_ABORT, _LAUNCH, _OPERATION = 4, 8, 12
+
+ALL_CHANGED = 1 << Kind.CONTROL | 1 << Kind.GUEST | 1 << Kind.HOST
+CHECKED_EACH_TIME = frozenset(
+    {
+        Field.GUEST_RIP,
+        Field.PREEMPTION_TIMER,
+        Field.ENTRY_INTERRUPTION_INFO,
+        Field.ENTRY_EXCEPTION_ERROR,
+        Field.ENTRY_INSTRUCTION_LENGTH,
+    }
+)
+"""What a hypervisor writes before many an entry: checked at every one, so that the rest need not be."""
+
+
+class Vmcs:
+    """Not a value: one object a region, as long as some pCPU may have it active."""
+
+    __slots__ = ("changed", "controls", "guest", "hpa", "owner", "view")
+
+    def __init__(self, hpa: int, view: memoryview) -> None:
+        self.hpa = hpa
+        self.view = view
+        self.owner: int | None = None
+        """The pCPU it is active on."""
+        self.changed = ALL_CHANGED
+        """One bit a ``Kind``: written since an entry found it right."""
+        self.controls: Controls | None = None
+        self.guest: tuple[int, ...] = ()
+        """The guest-state area as it was entered."""
+
+    def forget(self) -> None:
+        """Keep nothing: the bytes may be changed by anyone."""
+        self.changed = ALL_CHANGED
+        self.controls = None
+
+    # --- Header ---
+
+    @property
+    def revision(self) -> int:
+        value: int = _U32.unpack_from(self.view, 0)[0]
+        return value
+
+    @property
+    def launch_state(self) -> int:
+        value: int = _U32.unpack_from(self.view, _LAUNCH)[0]
+        return value
+
+    @property
+    def launched_by(self) -> int:
+        """Which VMX operation of its pCPU (they are counted) launched it."""
+        value: int = _U32.unpack_from(self.view, _OPERATION)[0]
+        return value
+
+    def set_clear(self) -> None:
+        _U32.pack_into(self.view, _LAUNCH, CLEAR)
+
+    def set_launched(self, operation: int) -> None:
+        _U32.pack_into(self.view, _LAUNCH, LAUNCHED)
+        _U32.pack_into(self.view, _OPERATION, operation)
+
+    def set_abort(self, cause: AbortCause) -> None:
+        _U32.pack_into(self.view, _ABORT, cause)
+
+    def set_instruction_error(self, number: int) -> None:
+        _U64.pack_into(self.view, PLACE[Field.INSTRUCTION_ERROR], number)
+
+    # --- Fields ---
+
+    def read(self, encoding: int) -> int:
+        """A field that exists (``ACCESS``): the processor's own reading, nothing is checked."""
+        place, mask, shift = ACCESS[encoding]
+        value: int = _U64.unpack_from(self.view, place)[0]
+        return value >> shift & mask
+
+    def write(self, encoding: int, value: int) -> None:
+        """All 64 bits of a 64-bit field at once, or only its high half."""
+        place, mask, _ = ACCESS[encoding]
+        if encoding & 1:
+            value = self.read(encoding - 1) & 0xFFFF_FFFF | (value & mask) << 32
+            mask = (1 << 64) - 1
+        _U64.pack_into(self.view, place, value & mask)
+        if encoding not in CHECKED_EACH_TIME:
+            self.changed |= 1 << (encoding >> 10 & 3)
+
+    # --- Areas, in the order of fields.py ---
+
+    def guest_area(self) -> tuple[int, ...]:
+        return GUEST_AREA.unpack_from(self.view, GUEST_AT)
+
+    def host_area(self) -> tuple[int, ...]:
+        return HOST_AREA.unpack_from(self.view, HOST_AT)
+
+    def control_area(self) -> tuple[int, ...]:
+        return CONTROL_AREA.unpack_from(self.view, CONTROLS_AT)
+
+    def save_guest_area(self, values: tuple[int, ...]) -> None:
+        GUEST_AREA.pack_into(self.view, GUEST_AT, *values)
+
+    def save_exit_area(self, values: tuple[int, ...]) -> None:
+        EXIT_AREA.pack_into(self.view, EXIT_AT, *values)
+
+
+def region(memory: PhysicalMemory, hpa: int) -> memoryview | None:
+    """The frame at ``hpa``; None where there is no memory: reads there give all ones, writes are lost."""
+    try:
+        return memory.view(hpa, PAGE)
+    except MemoryFault:
+        return None
