@@ -29,6 +29,8 @@ NetPlane = Literal["auto", "python", "vhost", "vhost-user"]
 NicModel = Literal["virtio", "e1000"]
 
 MAX_CPUS = 32
+MAX_MTU = 65521
+"""A frame with its Ethernet header in 65,535 bytes: a tap takes no more."""
 MAX_QUEUES = 16
 MIN_MEMORY = 32 << 20
 DEFAULT_MEMORY = 512 << 20
@@ -161,8 +163,8 @@ class Nic(_Part, frozen=True):
             )
         if self.address:
             _check_address(self.address)
-        if self.mtu and not 68 <= self.mtu <= 65535:  # virtio 1.2 §5.1.4.1
-            raise SpecError(f"an MTU must be 68 to 65535, not {self.mtu}")
+        if self.mtu and not 68 <= self.mtu <= MAX_MTU:
+            raise SpecError(f"an MTU must be 68 to {MAX_MTU}, not {self.mtu}")
         if not 1 <= self.queues <= MAX_QUEUES:
             raise SpecError(f"a NIC has 1 to {MAX_QUEUES} pairs of queues, not {self.queues}")
         if self.allow is not None and self.mode not in _FILTERED:
@@ -315,6 +317,7 @@ class MachineSpec(_Part, frozen=True):
     on_reboot: Literal["restart", "stop"] = "restart"
 
     def __post_init__(self) -> None:
+        self._check_parts()
         if not 1 <= self.cpus <= MAX_CPUS:
             raise SpecError(f"cpus must be 1 to {MAX_CPUS}, not {self.cpus}")
         if self.memory < MIN_MEMORY:
@@ -326,11 +329,29 @@ class MachineSpec(_Part, frozen=True):
         for target in (*self.tmpfs, *(volume.target for volume in self.volumes)):
             if not target.startswith("/"):
                 raise SpecError(f"a mount point in the guest must be absolute, not {target!r}")
-            if not target.partition(":")[0].strip("/"):
+            place = target.partition(":")[0].strip("/")
+            if not place:
                 raise SpecError("nothing can be mounted over the guest's root", cure="see --root")
+            if place in ("proc", "sys", "dev"):
+                raise SpecError(
+                    f"nothing can be mounted over the guest's /{place}",
+                    cost="no program would work in it",
+                    cure="choose another place",
+                )
         self._check_network()
 
+    def _check_parts(self) -> None:
+        """What JSON and TOML are checked for by their decoder, keywords are here."""
+        for name, part in _PARTS.items():
+            for value in getattr(self, name):
+                if not isinstance(value, part):
+                    raise SpecError(f"{name} must hold {part.__name__} values, not {value!r}")
+
     def _check_network(self) -> None:
+        for mode, target in (taken := [(nic.mode, nic.target) for nic in self.nics]):
+            if mode in ("tap", "vhost-user", "user") and taken.count((mode, target)) > 1:
+                what = f"{mode} {target}".rstrip()
+                raise SpecError(f"two NICs of one machine on {what}", cure="it serves one NIC")
         macs = [nic.mac.lower() for nic in self.nics if nic.mac]
         if len(set(macs)) < len(macs):
             raise SpecError("two NICs of one machine have the same MAC address")
@@ -350,6 +371,16 @@ class MachineSpec(_Part, frozen=True):
     def replace(self, **changes: Any) -> MachineSpec:
         """A copy with some fields changed."""
         return msgspec.structs.replace(self, **changes)
+
+
+_PARTS: dict[str, type] = {
+    "disks": Disk,
+    "nics": Nic,
+    "publish": Publish,
+    "volumes": Volume,
+    "tmpfs": str,
+    "pin": int,
+}
 
 
 def decode(text: str | bytes, *, format: Literal["json", "toml"]) -> MachineSpec:

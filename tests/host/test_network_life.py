@@ -330,6 +330,8 @@ def test_user_mode(host: Namespace, outside: Namespace, tmp_path: Path) -> None:
         (Nic(mode="bridge", target="nothere"), UserError, "there is no interface nothere"),
         (Nic(mode="bridge", target="eth0"), UserError, "eth0 is no bridge.*macvtap=eth0"),
         (Nic(mode="macvtap", target="nothere"), UserError, "there is no interface nothere"),
+        (Nic(mode="macvtap", target="lo"), UserError, "lo carries no Ethernet frames"),
+        (Nic(mode="tap", target="lo"), UserError, "lo is no tap.*ip tuntap add"),
         (Nic(mode="tap", target="nothere"), UserError, "no interface nothere.*ip tuntap add"),
         (Nic(mode="vhost-user", target="/nothere"), UserError, "/nothere is no socket"),
         (Nic(mode="user", address="10.0.0.1"), SpecError, "an address is for"),

@@ -42,12 +42,14 @@ _PORTS = re.compile(
 def nic(text: str) -> Nic | None:
     """``MODE[=TARGET][,KEY=VALUE…]``; None for ``none``."""
     first, *rest = text.split(",")
-    mode, _, target = first.partition("=")
+    mode, equals, target = first.partition("=")
     if mode not in MODES:
         from difflib import get_close_matches
 
         near = meant(get_close_matches(mode, MODES))
         raise UserError(f"not a network mode: {mode!r}{near}", cure=f"one of {', '.join(MODES)}")
+    if equals and not target:
+        raise UserError(f"no target behind {first!r}", cure=f"write {mode}=NAME, or {mode}")
     if mode == NONE:
         if target or rest:
             raise UserError("--net none has nothing to set")
@@ -179,6 +181,8 @@ def nics(
     if None in net and len(net) > 1:
         raise UserError("--net none beside another --net")
     chosen = [one for one in (net or (default(),)) if one is not None]
+    if plane != "auto" and not chosen:
+        raise SpecError("--net-plane is for a machine with a network")
     chosen = [_with_plane(one, plane) for one in chosen]
     if allow:
         if not chosen:

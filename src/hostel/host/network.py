@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 OWN = ("nat", "isolated")
 KEPT = (*OWN, "bridge", "macvtap")
+_OTHERS = {"bridge": "bridge", "macvtap": "", "tap": "tun"}
+"""Modes that use an interface of the host's, and the driver that it must have."""
 """Modes with a keeper; all need root."""
 
 _LOCALLY_ADMINISTERED, _MULTICAST = 2, 1
@@ -243,13 +245,7 @@ def _interface(
 def _given(nic: Nic) -> Attachment:
     """A tap or a socket that somebody else made."""
     if nic.mode == "tap":
-        from .net import kernel
-
-        if nic.target not in kernel.interfaces():
-            raise UserError(
-                f"there is no interface {nic.target}",
-                cure=f"ip tuntap add dev {nic.target} mode tap vnet_hdr user $USER (as root)",
-            )
+        _check_interface(nic)
         return Attachment(_interface(nic, "tap", nic.target, nic.mtu), _fixed(nic))
     path = Path(nic.target)
     if not path.exists() or not stat.S_ISSOCK(path.stat().st_mode):
@@ -262,6 +258,7 @@ def _given(nic: Nic) -> Attachment:
 def _foreseen(nic: Nic, runtime: Path, index: int) -> Attachment:
     from .net import fabric, passt, subnet
 
+    _check_interface(nic)
     if nic.mode in OWN:
         answer = fabric.foreseen(nic.mode, nic.target, nic.address, nic.mtu)
         return Attachment(_interface(nic, "tap", answer["target"], nic.mtu), _link(nic, answer))
@@ -286,11 +283,27 @@ def _need_privileges(nic: Nic) -> None:
         )
     if missing := tun_missing():
         raise HostError(missing, cost="no tap can be made", cure="modprobe tun, or use --net user")
-    if nic.mode in ("bridge", "macvtap"):
-        from .net import kernel
+    _check_interface(nic)
 
-        if nic.target not in kernel.interfaces():
-            raise UserError(f"there is no interface {nic.target}", cure="see: ip link")
+
+def _check_interface(nic: Nic) -> None:
+    """That what a NIC is to be attached to is there, and is what its mode says."""
+    if nic.mode not in _OTHERS:
+        return
+    from .net import kernel
+
+    make = f"ip tuntap add dev {nic.target} mode tap vnet_hdr user $USER (as root)"
+    if nic.target not in kernel.interfaces():
+        cure = make if nic.mode == "tap" else "see: ip link"
+        raise UserError(f"there is no interface {nic.target}", cure=cure)
+    if nic.mode == "macvtap":
+        if not kernel.is_ethernet(nic.target):
+            raise UserError(f"{nic.target} carries no Ethernet frames", cure="see: ip link")
+    elif kernel.driver(nic.target) != _OTHERS[nic.mode]:
+        cure = f"see `ip link show type bridge`, or use macvtap={nic.target}"
+        if nic.mode == "tap":
+            cure = make.replace(nic.target, "NAME")
+        raise UserError(f"{nic.target} is no {nic.mode}", cost="it carries no guest", cure=cure)
 
 
 def _port(port: Publish) -> tuple[str, int, int, str]:

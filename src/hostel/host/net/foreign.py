@@ -9,7 +9,7 @@ import contextlib
 import os
 from typing import Any
 
-from hostel.errors import HostError, UserError
+from hostel.errors import HostError
 from hostel.vmm.loop import EventLoop
 
 from . import kernel
@@ -46,15 +46,6 @@ class _Links:
 
 class Bridge(_Links):
     """A tap on a bridge that is there."""
-
-    def make(self, loop: EventLoop) -> None:
-        argv = [kernel.find("ip"), "-o", "link", "show", "dev", self._target, "type", "bridge"]
-        if not kernel.run(argv):
-            raise UserError(
-                f"{self._target} is no bridge",
-                cost="no tap can be put on it",
-                cure=f"name a bridge, or use --net macvtap={self._target}",
-            )
 
     def attach(self, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         number, tap = self._name("hostel-t")

@@ -18,6 +18,8 @@ from hostel.errors import HostError, MissingTool
 PLACES = ("/usr/sbin", "/sbin", "/usr/bin", "/bin", "/usr/local/sbin")
 PACKAGES = {"ip": "iproute2", "nft": "nftables"}
 SYSCTL = "/proc/sys/net/"
+SIOCGIFHWADDR, SIOCETHTOOL = 0x8927, 0x8946
+GDRVINFO, ARPHRD_ETHER = 3, 1
 SIOCGIFMTU = 0x8921
 
 
@@ -97,6 +99,28 @@ def interfaces() -> set[str]:
     """Names of this network namespace's interfaces. Not from /sys, which may show another's."""
     with open("/proc/thread-self/net/dev") as file:
         return {line.split(":")[0].strip() for line in file if ":" in line}
+
+
+def driver(name: str) -> str:
+    """What an interface is, in its driver's word: ``bridge``, ``tun``, ``veth``, ``e1000e`` …; else empty."""
+    from ctypes import addressof, c_char
+
+    information = bytearray(GDRVINFO.to_bytes(4, "little").ljust(196, b"\0"))
+    address = addressof(c_char.from_buffer(information))
+    request = struct.pack("16sQ", name.encode(), address)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            fcntl.ioctl(sock, SIOCETHTOOL, request)
+        except OSError:
+            return ""
+    return information[4:36].split(b"\0")[0].decode("ascii", "replace")
+
+
+def is_ethernet(name: str) -> bool:
+    """Whether it carries Ethernet frames; the loopback, say, does not."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        answer = fcntl.ioctl(sock, SIOCGIFHWADDR, struct.pack("16s16x", name.encode()))
+    return int(struct.unpack_from("H", answer, 16)[0]) == ARPHRD_ETHER
 
 
 def mtu(name: str) -> int:
