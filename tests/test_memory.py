@@ -200,6 +200,29 @@ def test_huge_pages_where_the_host_has_some() -> None:
         assert memory.read(0, 4) == b"huge"
 
 
+def test_a_file_is_received_where_it_belongs(memory: GuestMemory, tmp_path: Path) -> None:
+    data = os.urandom(3 * PAGE + 5)
+    path = tmp_path / "file"
+    path.write_bytes(b"before" + data)
+    with path.open("rb") as file:
+        for gpa in (PAGE - 7, HIGH + 1):
+            memory.receive(gpa, len(data), file.fileno(), 6)
+            assert memory.read(gpa, len(data)) == data
+        with pytest.raises(EOFError):
+            memory.receive(0, len(data) + 1, file.fileno(), 6)
+        with pytest.raises(MemoryFault):
+            memory.receive(LOW - 1, 2, file.fileno(), 0)
+
+
+def test_a_file_that_the_kernel_cannot_send_is_read(memory: GuestMemory) -> None:
+    data = ctypes.create_string_buffer(b"no splice here")
+    with open("/proc/self/mem", "rb") as file:
+        with pytest.raises(OSError, match="Invalid argument"):
+            os.sendfile(memory.fd, file.fileno(), ctypes.addressof(data), 14)
+        memory.receive(PAGE, 14, file.fileno(), ctypes.addressof(data))
+    assert memory.read(PAGE, 14) == data.value
+
+
 def test_a_file_shared_with_the_kernel_goes_with_its_last_view(tmp_path: Path) -> None:
     path = tmp_path / "page"
     path.write_bytes(b"hello".ljust(mmap.PAGESIZE, b"\0"))

@@ -30,12 +30,12 @@ INPUT_LIMIT = 64 << 10
 _TAIL_BYTES = 64 << 10
 _LINE_LENGTH = 400
 
-_ESCAPE = re.compile(
+_ESCAPE = (
     rb"\x1b\[[0-?]*[ -/]*[@-~]"  # CSI (ECMA-48 §5.4)
     rb"|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?"  # OSC, DCS, SOS, PM, APC
     rb"|\x1b[ -/]*[0-~]?"
 )
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
 
 Subscriber = Callable[[bytes], None]
 
@@ -79,9 +79,9 @@ class Console:
         """The last lines that are not empty, as plain text: no escapes, no control characters."""
         with self._lock:
             raw = bytes(self._history[-_TAIL_BYTES:])
-        text = _ESCAPE.sub(b"", raw).decode("utf-8", "replace").replace("\r\n", "\n")
+        text = re.sub(_ESCAPE, b"", raw).decode("utf-8", "replace").replace("\r\n", "\n")
         clean = (
-            _CONTROL.sub("", line.replace("\t", " "))[:_LINE_LENGTH].rstrip()
+            re.sub(_CONTROL, "", line.replace("\t", " "))[:_LINE_LENGTH].rstrip()
             for line in text.split("\n")
         )
         return "\n".join([line for line in clean if line][-lines:])

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -42,9 +41,11 @@ from .plan import CONSOLE_LINES, ENDED, Balloon, Ending, Engine, Plan, explain_e
 from .spec import MIN_MEMORY, MachineSpec, parse_size
 
 if TYPE_CHECKING:
+    import socket
+
     from .console import Console
     from .guest.client import AgentClient, GuestProcess, Hello, Ids
-    from .host.network import Networks
+    from .host.networks import Networks
     from .host.shares import Served, Share
     from .host.storage import Daemon
     from .prepare import Preparation
@@ -99,7 +100,6 @@ class Machine:
             if self._engine is not None or self._ending is not None:
                 raise MachineStopped("a machine can be started once")
             self._begun = time.monotonic()
-            sweep()
             try:
                 self._runtime = self._undo.enter_context(Runtime(self.spec.name))
                 networks = self._undo.enter_context(attached(self.spec, self._runtime.path))
@@ -108,6 +108,8 @@ class Machine:
             except BaseException:
                 self._undo.close()
                 raise
+            finally:
+                sweep()  # now that the guest runs there is time for what others left
         return self
 
     def _power_on(self, networks: Networks | None = None) -> None:

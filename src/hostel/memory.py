@@ -23,6 +23,7 @@ access through this object and closes the file descriptor; the pages go with the
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import weakref
@@ -130,6 +131,26 @@ class GuestMemory:
         size = data.nbytes if isinstance(data, memoryview) else len(data)
         start = self._offset(gpa, size)
         self._bytes[start : start + size] = data
+
+    def receive(self, gpa: int, size: int, fd: int, offset: int) -> None:
+        """Copy bytes of a file; ``OSError``, EOFError if it has them not.
+
+        From file to file: through our mapping each page would be a fault, and while the kernel makes a
+        huge page for one, no other thread of ours can map memory, which Python does all the time.
+        """
+        view, start = self.view(gpa, size), self._offset(gpa, size)
+        done = 0
+        while done < size:
+            try:
+                os.lseek(self.fd, start + done, os.SEEK_SET)
+                count = os.sendfile(self.fd, fd, offset + done, size - done)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                count = os.preadv(fd, [view[done:]], offset + done)  # hugetlbfs, or no splice there
+            if not count:
+                raise EOFError
+            done += count
 
     def read_u16(self, gpa: int) -> int:
         value: int = _U16.unpack_from(self._bytes, self._offset(gpa, 2))[0]
@@ -314,7 +335,7 @@ def _sized(fd: int, size: int) -> int:
 
 def _shmem_huge_pages() -> str:
     try:
-        with open("/sys/kernel/mm/transparent_hugepage/shmem_enabled", encoding="ascii") as file:
+        with open("/sys/kernel/mm/transparent_hugepage/shmem_enabled") as file:
             return file.read().partition("[")[2].partition("]")[0]
     except OSError:
         return ""

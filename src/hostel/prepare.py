@@ -32,7 +32,7 @@ from .spec import Disk, MachineSpec
 if TYPE_CHECKING:
     from .guest.steps import Step
     from .host.interface import Attachment
-    from .host.network import Networks
+    from .host.networks import Networks
     from .host.shares import Served
 
 

@@ -41,17 +41,18 @@ MAX_SERIAL = 20
 MAX_ID = (1 << 32) - 2
 """The largest uid and gid: the next one means "none" (chown(2))."""
 
-_OWNER = re.compile(r"(\d{1,10}):(\d{1,10})")
-_SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
-_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
-_MAC = re.compile(r"[0-9a-fA-F][02468aceACE](:[0-9a-fA-F]{2}){5}")
-_INTERFACE = re.compile(r"[^\s/:,]{1,15}")
+# Patterns are compiled when one is first used: all of them at each start would take milliseconds.
+_OWNER = r"(\d{1,10}):(\d{1,10})"
+_SIZE = r"(\d+)\s*([KMGT]?)(?:i?B)?"
+_NAME = r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}"
+_MAC = r"[0-9a-fA-F][02468aceACE](:[0-9a-fA-F]{2}){5}"
+_INTERFACE = r"[^\s/:,]{1,15}"
 _SHIFT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
 def parse_size(text: str) -> int:
     """Bytes from ``512M``, ``2G``, ``1GiB`` or a plain number; ``SpecError`` for anything else."""
-    match = _SIZE.fullmatch(text.strip())
+    match = re.fullmatch(_SIZE, text.strip(), re.IGNORECASE)
     if match is None:
         raise SpecError(
             f"not a size: {text!r}", cure="write a number with K, M, G or T, such as 512M"
@@ -156,7 +157,7 @@ class Nic(_Part, frozen=True):
                 raise SpecError(f"not a {what}: {word!r}", cure=cure)
         self._check_target()
         self._check_plane()
-        if self.mac and not (_MAC.fullmatch(self.mac) and self.mac != "00:00:00:00:00:00"):
+        if self.mac and not (re.fullmatch(_MAC, self.mac) and self.mac != "00:00:00:00:00:00"):
             raise SpecError(
                 f"not the MAC address of a NIC: {self.mac!r}",
                 cure="write six bytes, the first an even one, such as 52:54:00:12:34:56",
@@ -177,9 +178,9 @@ class Nic(_Part, frozen=True):
         if needed := _NEEDS_TARGET.get(self.mode):
             if not self.target:
                 raise SpecError(f"network mode {self.mode} needs a target: {needed}")
-        elif self.target and (self.mode == "user" or not _NAME.fullmatch(self.target)):
+        elif self.target and (self.mode == "user" or not re.fullmatch(_NAME, self.target)):
             raise SpecError(f"not a network for mode {self.mode}: {self.target!r}")
-        if self.mode in ("bridge", "tap", "macvtap") and not _INTERFACE.fullmatch(self.target):
+        if self.mode in ("bridge", "tap", "macvtap") and not re.fullmatch(_INTERFACE, self.target):
             raise SpecError(f"not the name of an interface: {self.target!r}")
 
     def _check_plane(self) -> None:
@@ -260,7 +261,7 @@ class Volume(_Part, frozen=True):
         """``owner`` as numbers."""
         if not self.owner:
             return None
-        match = _OWNER.fullmatch(self.owner)
+        match = re.fullmatch(_OWNER, self.owner)
         if match is None or max(ids := (int(match[1]), int(match[2]))) > MAX_ID:
             raise SpecError(
                 f"not an owner: {self.owner!r}", cure="write UID:GID, such as 1000:1000"
@@ -324,7 +325,7 @@ class MachineSpec(_Part, frozen=True):
             raise SpecError(f"memory must be at least {MIN_MEMORY >> 20}M, not {self.memory} bytes")
         if self.pin and len(self.pin) != self.cpus:
             raise SpecError(f"pin names {len(self.pin)} pCPUs for {self.cpus} vCPUs")
-        if self.name and not _NAME.fullmatch(self.name):
+        if self.name and not re.fullmatch(_NAME, self.name):
             raise SpecError(f"not a machine name: {self.name!r}")
         for target in (*self.tmpfs, *(volume.target for volume in self.volumes)):
             if not target.startswith("/"):

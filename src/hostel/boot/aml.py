@@ -19,12 +19,12 @@ _INTEGERS = (
     (1 << 32, b"\x0c", 4),
     (1 << 64, b"\x0e", 8),
 )
-_NAME_SEG = re.compile(r"[A-Z_][A-Z0-9_]{3}")
+_NAME_SEG = r"[A-Z_][A-Z0-9_]{3}"
 
 
 def name_seg(text: str) -> bytes:
     """One name of four characters (§20.2.2)."""
-    if not _NAME_SEG.fullmatch(text):
+    if not re.fullmatch(_NAME_SEG, text):
         raise ValueError(f"not an AML name: {text!r}")
     return text.encode()
 

@@ -2,9 +2,11 @@
 
 ::
 
-    1 MiB and up   the kernel's segments, read from the file straight into guest memory
-    low RAM        the initrd: as high as the kernel allows, or behind it (multiboot)
-    below 640 KiB  command line, start information, memory map, GDT, page tables   (vmm/layout.py)
+    copy    1 MiB and up   the kernel's segments, from file to guest memory
+            low RAM        the initrd: as high as the kernel allows, or behind it (multiboot)
+    inform  below 640 KiB  command line, start information, memory map, GDT, page tables   (vmm/layout.py)
+
+``copy`` takes nearly all the time and nearly no Python: it may be another thread's (``monitor/loading.py``).
 
 What no file fills (bss) must be zero. New memory is, and is then not touched; memory that a machine
 had before a reset is made so.
@@ -14,57 +16,112 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from hostel.errors import HostError
 from hostel.memory import GuestMemory
 from hostel.vmm import layout
 
-from . import linux, multiboot, pvh
-from .e820 import memory_map
-from .entry import EntryState, write_tables
 from .fits import check_segments, cmdline_bytes, initrd_address
 from .image import KernelImage, open_kernel
-from .info import Blob, BootInfo
 from .source import Source
 
-_BUILDERS = {"linux": linux.build, "pvh": pvh.build, "multiboot": multiboot.build}
+if TYPE_CHECKING:
+    from .entry import EntryState
 
 
-def load_kernel(
-    memory: GuestMemory,
-    kernel: Path | KernelImage,
-    *,
-    cmdline: str = "",
-    initrd: Path | None = None,
-    rsdp: int = 0,
-) -> EntryState:
-    """Load it, and say how the first vCPU must enter it (``EntryState.apply``).
+class KernelLoad:
+    """A kernel and what goes with it, checked and open; then ``copy`` and ``inform``. A context manager.
 
     ``rsdp`` comes from ``acpi.write_tables``. ImageError: no kernel, or it does not fit. SpecError: a
     command line or an initrd that does not fit.
     """
-    if isinstance(kernel, Path):
-        with open_kernel(kernel) as image:
-            return load_kernel(memory, image, cmdline=cmdline, initrd=initrd, rsdp=rsdp)
-    load_segments(memory, kernel)
-    info = BootInfo(
-        cmdline=_load_cmdline(memory, kernel, cmdline),
-        initrd=_load_initrd(memory, kernel, initrd) if initrd is not None else None,
-        rsdp=rsdp,
-        map=memory_map(memory.regions),
-    )
-    entry = _BUILDERS[kernel.protocol](memory, kernel, info)
-    write_tables(memory, entry.mode)
-    return entry
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        kernel: Path | KernelImage,
+        *,
+        cmdline: str = "",
+        initrd: Path | None = None,
+        rsdp: int = 0,
+    ) -> None:
+        self._memory = memory
+        self._rsdp = rsdp
+        self._files = ExitStack()
+        try:
+            self._kernel = self._open(kernel)
+            check_segments(self._kernel, memory.size)
+            self._cmdline = cmdline_bytes(self._kernel, cmdline)
+            self._initrd = self._open_initrd(initrd) if initrd is not None else None
+        except BaseException:
+            self.close()
+            raise
+
+    def copy(self) -> None:
+        """Into memory. On any thread."""
+        for segment in self._kernel.segments:
+            _zero(self._memory, segment.paddr + segment.filesz, segment.memsz - segment.filesz)
+        for segment in self._kernel.segments:
+            source = self._kernel.source
+            source.copy(segment.offset, segment.filesz, self._memory, segment.paddr)
+        if self._initrd is not None:
+            source, address = self._initrd
+            source.copy(0, source.size, self._memory, address)
+
+    def inform(self) -> EntryState:
+        """Write what the kernel is told; how the first vCPU must enter it (``EntryState.apply``)."""
+        from .e820 import memory_map
+        from .entry import write_tables
+        from .info import Blob, BootInfo
+
+        builder: Any = import_module(f".{self._kernel.protocol}", __package__)
+        self._memory.write(layout.CMDLINE_ADDRESS, self._cmdline + b"\0")
+        info = BootInfo(
+            cmdline=Blob(layout.CMDLINE_ADDRESS, len(self._cmdline)),
+            initrd=Blob(self._initrd[1], self._initrd[0].size) if self._initrd else None,
+            rsdp=self._rsdp,
+            map=memory_map(self._memory.regions),
+        )
+        entry: EntryState = builder.build(self._memory, self._kernel, info)
+        write_tables(self._memory, entry.mode)
+        return entry
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._files.close()
+
+    def __enter__(self) -> KernelLoad:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open(self, kernel: Path | KernelImage) -> KernelImage:
+        if isinstance(kernel, KernelImage):
+            return kernel
+        return self._files.enter_context(open_kernel(kernel))
+
+    def _open_initrd(self, path: Path) -> tuple[Source, int]:
+        """And where it goes."""
+        source = self._files.enter_context(Source.open(path, "initrd"))
+        return source, initrd_address(self._kernel, source, self._memory.size)
 
 
-def load_segments(memory: GuestMemory, image: KernelImage) -> None:
-    check_segments(image, memory.size)
-    for segment in image.segments:
-        view = memory.view(segment.paddr, segment.memsz)
-        image.source.read_into(segment.offset, view[: segment.filesz])
-        _zero(memory, segment.paddr + segment.filesz, segment.memsz - segment.filesz)
+def load_kernel(memory: GuestMemory, kernel: Path | KernelImage, **more: Any) -> EntryState:
+    """``KernelLoad`` in one go."""
+    with KernelLoad(memory, kernel, **more) as load:
+        load.copy()
+        return load.inform()
 
 
 def _zero(memory: GuestMemory, address: int, size: int) -> None:
@@ -89,16 +146,3 @@ def _seek_data(fd: int, offset: int) -> int | None:
         if error.errno == errno.ENXIO:
             return None
         raise HostError(f"cannot look into guest memory: {error.strerror}") from None
-
-
-def _load_cmdline(memory: GuestMemory, image: KernelImage, cmdline: str) -> Blob:
-    data = cmdline_bytes(image, cmdline)
-    memory.write(layout.CMDLINE_ADDRESS, data + b"\0")
-    return Blob(layout.CMDLINE_ADDRESS, len(data))
-
-
-def _load_initrd(memory: GuestMemory, image: KernelImage, path: Path) -> Blob:
-    with Source.open(path, "initrd") as source:
-        address = initrd_address(image, source, memory.size)
-        source.read_into(0, memory.view(address, source.size))
-        return Blob(address, source.size)

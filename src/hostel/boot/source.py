@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from hostel.errors import HostError, ImageError
+from hostel.memory import GuestMemory
 
 
 class Source:
@@ -70,10 +71,15 @@ class Source:
         """The first ``size`` bytes, or all there are."""
         return self.read(0, min(size, self.size))
 
-    def read_into(self, offset: int, view: memoryview) -> None:
-        """Fill ``view``, guest memory for one, straight from the file."""
-        self._inside(offset, len(view))
-        self._fill(offset, view)
+    def copy(self, offset: int, size: int, memory: GuestMemory, gpa: int) -> None:
+        """Into guest memory, straight from the file."""
+        self._inside(offset, size)
+        try:
+            memory.receive(gpa, size, self.fd, offset)
+        except OSError as error:
+            raise ImageError(f"cannot load {self.name}: {error.strerror}") from None
+        except EOFError:
+            raise ImageError(f"{self.name} became shorter while it was read") from None
 
     def close(self) -> None:
         if self.fd >= 0:

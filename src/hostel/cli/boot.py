@@ -71,14 +71,16 @@ def _started(spec: MachineSpec) -> Iterator[Engine]:
     from hostel.machine import make_engine
     from hostel.prepare import prepare_raw
 
-    sweep()
     with Runtime(spec.name) as runtime, attached(spec, runtime.path) as networks:
         plan = prepare_raw(spec, runtime.path, networks=networks)
         opt.announce(plan)
         with disks.overlays(plan), disks.daemons(plan) as daemons:
             engine = make_engine(plan)
             try:
-                engine.start()
+                try:
+                    engine.start()
+                finally:
+                    sweep()  # now that the guest runs there is time for what others left
                 for daemon in daemons.values():
                     daemon.wait_up()
                 yield engine

@@ -31,7 +31,7 @@ MODELS = ("virtio", "e1000")
 MAX_RANGE = 1000
 """Ports of one ``-p``: each is a rule of the host's firewall."""
 
-_PORTS = re.compile(
+_PORTS = (
     r"(?:(?P<address>\[[0-9a-fA-F:.]+\]|[0-9.]*):)?"
     r"(?P<host>\d{1,5})(?:-(?P<host_end>\d{1,5}))?"
     r":(?P<guest>\d{1,5})(?:-(?P<guest_end>\d{1,5}))?"
@@ -103,7 +103,7 @@ _KEYS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
 
 def published(text: str) -> tuple[Publish, ...]:
     """``[IP:]HOST:GUEST[/udp]``; both may be ranges of the same length, as docker has them."""
-    match = _PORTS.fullmatch(text)
+    match = re.fullmatch(_PORTS, text)
     if match is None:
         raise UserError(
             f"not a port to publish: {text!r}",

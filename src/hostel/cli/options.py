@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
+_DURATION = r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?"
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_CPU = re.compile(r"[0-9]{1,4}")
-_HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?")
+_CPU = r"[0-9]{1,4}"
+_HOSTNAME = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?"
 
 
 _VOLUME_WORDS = {"cache": get_args(Cache), "server": get_args(FileServer)}
@@ -60,6 +60,10 @@ class Command(click.Command):
         }
 
         def match_long(name: str, value: str | None, state: Any) -> None:
+            if not name.startswith(
+                "--"
+            ):  # -m: click looks for what is near before it tries the short ones
+                raise click.NoSuchOption(name, ctx=ctx)
             match(name, flags.get(name) if value is None else value, state)
 
         parser._match_long_opt = match_long
@@ -113,7 +117,7 @@ def option(section: str, *names: str, **attributes: Any) -> Callable[[F], F]:
 
 def duration(text: str) -> float:
     """Seconds from ``10``, ``1.5``, ``500ms``, ``2m``, ``1h``."""
-    match = _DURATION.fullmatch(text)
+    match = re.fullmatch(_DURATION, text)
     if match is None:
         raise UserError(f"not a duration: {text!r}", cure="write seconds, or such as 500ms, 2m, 1h")
     return float(match[1]) * _SECONDS[match[2] or "s"]
@@ -222,7 +226,7 @@ def cpu_list(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         first, dash, last = part.partition("-")
         last = last if dash else first
-        if not (_CPU.fullmatch(first) and _CPU.fullmatch(last)):
+        if not (re.fullmatch(_CPU, first) and re.fullmatch(_CPU, last)):
             raise UserError(f"not a list of CPUs: {text!r}", cure="write such as 0,2 or 0-3")
         cpus += range(int(first), int(last) + 1)
     return tuple(cpus)
@@ -230,7 +234,7 @@ def cpu_list(text: str) -> tuple[int, ...]:
 
 def hostname(text: str) -> str:
     """A name that sethostname(2) and DNS both take."""
-    if not _HOSTNAME.fullmatch(text):
+    if not re.fullmatch(_HOSTNAME, text):
         raise UserError(
             f"not a host name: {text!r}", cure="use letters, digits, '-' and '.', at most 64"
         )

@@ -22,14 +22,14 @@ from typing import TextIO
 
 from hostel.errors import HostelError
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
+_CONTROL = r"[\x00-\x1f\x7f-\x9f]+"
 
 RED, YELLOW, GREEN, BOLD, DIM = "31", "33", "32", "1", "2"
 
 
 def plain(text: str) -> str:
     """One line without control characters."""
-    return _CONTROL.sub(" ", text).strip()
+    return re.sub(_CONTROL, " ", text).strip()
 
 
 def colored(stream: TextIO) -> bool:

@@ -11,7 +11,6 @@ import contextlib
 import os
 import select
 import termios
-import tty
 from collections.abc import Iterator
 
 STDIN, STDOUT, STDERR = 0, 1, 2
@@ -49,6 +48,8 @@ def raw() -> Iterator[None]:
     if not os.isatty(STDIN):
         yield
         return
+    import tty
+
     saved = termios.tcgetattr(STDIN)
     try:
         tty.setraw(STDIN, termios.TCSADRAIN)

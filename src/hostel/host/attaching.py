@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Literal
 from hostel.errors import SpecError
 from hostel.spec import Limits, MachineSpec
 
+from .networks import Networks
+
 if TYPE_CHECKING:
     from .interface import Interface
-    from .network import Networks
 
 
 def machine_name(spec: MachineSpec) -> str:
@@ -20,19 +21,19 @@ def machine_name(spec: MachineSpec) -> str:
 
 def attached(spec: MachineSpec, runtime: Path) -> Networks:
     """Asked for; whoever wants to know more (``attachments``) waits for it. The caller closes it."""
-    from .network import Networks, attach
-
     if not spec.nics:
         return Networks()
+    from .network import attach
+
     return attach(spec.nics, spec.publish, runtime, machine_name(spec), cpus=spec.cpus)
 
 
 def foreseen(spec: MachineSpec, runtime: Path) -> Networks:
     """What ``attach`` would make; nothing is made."""
-    from .network import Networks, preview
-
     if not spec.nics:
         return Networks()
+    from .network import preview
+
     return preview(spec.nics, spec.publish, runtime, machine_name(spec), cpus=spec.cpus)
 
 

@@ -14,14 +14,12 @@ passt dies with its parent.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
@@ -30,6 +28,7 @@ from hostel.errors import HostError, SpecError, UserError
 from hostel.spec import Nic, Publish
 
 from .interface import Attachment, GuestLink, Interface
+from .networks import Networks
 from .runtime import socket_path
 from .tap import tun_missing
 
@@ -50,43 +49,6 @@ class _Place(NamedTuple):
 
     runtime: Path
     number: int
-
-
-class Networks:
-    """What is attached, until ``close``. A context manager.
-
-    ``attach`` has asked for everything when it returns; ``attachments`` waits until all is there, and
-    raises what went wrong. A keeper takes some 60 ms to start: there is other work to be done meanwhile.
-    """
-
-    def __init__(self) -> None:
-        self._pending: list[Callable[[], Attachment]] = []
-        self._attachments: tuple[Attachment, ...] | None = None
-        self._undo = contextlib.ExitStack()
-        self.notes: tuple[str, ...] = ()
-        """What is not ours to mend and still keeps packets back, for the user; with ``attachments``."""
-
-    @property
-    def attachments(self) -> tuple[Attachment, ...]:
-        """One for each NIC, in their order. The same each time."""
-        if self._attachments is None:
-            self._attachments = tuple(pending() for pending in self._pending)
-        return self._attachments
-
-    def close(self) -> None:
-        """Give everything back; idempotent."""
-        self._undo.close()
-
-    def __enter__(self) -> Networks:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def attach(

@@ -1,15 +1,17 @@
 """A kernel on its way into guest memory, while the rest of the machine is still being made.
 
 Copying tens of megabytes needs no Python: a thread does it, and meanwhile the modules of the board are
-imported, the VM is created and its devices are seated.
+imported and the VM is created. What does need Python is done by the caller's thread, before and after: two
+threads that both want the interpreter take turns of milliseconds.
 """
 
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from hostel.boot.load import load_kernel
+from hostel.boot.load import KernelLoad
 from hostel.memory import GuestMemory
 from hostel.plan import Plan
 from hostel.vmm import layout
@@ -23,35 +25,41 @@ class Loading:
 
     def __init__(self, plan: Plan) -> None:
         spec = plan.spec
-        self._plan = plan
-        self._entry: EntryState | None = None
         self._error: BaseException | None = None
-        self.memory = GuestMemory(spec.memory, hugepages=spec.hugepages)
-        self._thread = threading.Thread(target=self._load, name="hostel-load", daemon=True)
-        self._thread.start()
-
-    def entry(self) -> EntryState:
-        """How the first vCPU enters the kernel, once it is there. Raises what loading it raised."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        assert self._entry is not None
-        return self._entry
-
-    def cancel(self) -> None:
-        """Idempotent."""
-        self._thread.join()
-        self.memory.close()
-
-    def _load(self) -> None:
-        plan = self._plan
+        self._undo = ExitStack()
         try:
-            self._entry = load_kernel(
-                self.memory,
+            memory = GuestMemory(spec.memory, hugepages=spec.hugepages)
+            self.memory = self._undo.enter_context(memory)
+            load = KernelLoad(
+                memory,
                 plan.kernel,
                 cmdline=plan.cmdline,
                 initrd=plan.initrd,
                 rsdp=layout.ACPI_ADDRESS,
             )
+            self._load = self._undo.enter_context(load)
+        except BaseException:
+            self._undo.close()
+            raise
+        self._thread = threading.Thread(target=self._copy, name="hostel-load", daemon=True)
+        self._thread.start()
+
+    def entry(self) -> EntryState:
+        """How the first vCPU enters the kernel, once it is there. Raises what loading it raised."""
+        entry = self._load.inform()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        self._load.close()
+        return entry
+
+    def cancel(self) -> None:
+        """Idempotent."""
+        self._thread.join()
+        self._undo.close()
+
+    def _copy(self) -> None:
+        try:
+            self._load.copy()
         except BaseException as error:
             self._error = error

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import threading
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -178,6 +177,8 @@ def registers(vcpu: Vcpu) -> str:
 
 def bug(error: Exception) -> HostError:
     """A mistake of ours as one line: what, and where."""
+    import traceback
+
     where = traceback.extract_tb(error.__traceback__)[-1:]
     place = f" at {where[0].filename.rsplit('/', 1)[-1]}:{where[0].lineno}" if where else ""
     return HostError(f"a bug in hostel: {type(error).__name__}: {error}{place}")
