@@ -12,7 +12,7 @@ walks tables by itself, the guest's and ours.
 
 from __future__ import annotations
 
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -79,8 +79,11 @@ class Mmu(Protocol):
         (SDM vol. 3A §4.10.4.1), executed by the guest without an exit."""
 
 
-class Pin(IntFlag):
-    """Pin-based VM-execution controls (SDM vol. 3C §24.6.1)."""
+class Pin(IntEnum):
+    """Pin-based VM-execution controls (SDM vol. 3C §24.6.1).
+
+    Not an IntFlag, nor are the others: its ``&`` costs ten times an int's, and exits are full of them.
+    """
 
     EXTERNAL_INTERRUPT = 1 << 0
     NMI = 1 << 3
@@ -88,7 +91,7 @@ class Pin(IntFlag):
     PREEMPTION_TIMER = 1 << 6
 
 
-class Primary(IntFlag):
+class Primary(IntEnum):
     """Primary processor-based VM-execution controls (SDM vol. 3C §24.6.2, table 24-6)."""
 
     INTERRUPT_WINDOW = 1 << 2
@@ -112,7 +115,7 @@ class Primary(IntFlag):
     SECONDARY = 1 << 31
 
 
-class Secondary(IntFlag):
+class Secondary(IntEnum):
     """Secondary processor-based VM-execution controls (SDM vol. 3C §24.6.2, table 24-7)."""
 
     EPT = 1 << 1

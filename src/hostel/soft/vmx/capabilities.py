@@ -7,7 +7,7 @@ which of those may be 0 after all, and entry checks go by these.
 
 from __future__ import annotations
 
-from enum import IntFlag
+from enum import IntEnum
 
 from hostel.soft.silicon import Pin, Primary, Secondary
 from hostel.soft.vmx.fields import Field
@@ -22,7 +22,7 @@ PHYSICAL_BITS = 40
 LINEAR_BITS = 48
 
 
-class ExitControl(IntFlag):
+class ExitControl(IntEnum):
     """VM-exit controls (SDM vol. 3C §24.7.1)."""
 
     SAVE_DEBUG = 1 << 2
@@ -36,7 +36,7 @@ class ExitControl(IntFlag):
     SAVE_TIMER = 1 << 22
 
 
-class EntryControl(IntFlag):
+class EntryControl(IntEnum):
     """VM-entry controls (SDM vol. 3C §24.8.1)."""
 
     LOAD_DEBUG = 1 << 2
@@ -50,8 +50,8 @@ def bits(*numbers: int) -> int:
     return sum(1 << number for number in numbers)
 
 
-def every(flags: type[IntFlag]) -> int:
-    return sum(flag.value for flag in flags)
+def every(flags: type[IntEnum]) -> int:
+    return sum(flags)
 
 
 DEFAULT1_PIN = bits(1, 2, 4)
