@@ -226,6 +226,20 @@ def test_a_tap_of_the_users_own(places: tuple[Namespace, Namespace]) -> None:
         host.run("ip link del own0")
 
 
+def test_a_macvtap_is_on_the_interfaces_own_network(places: tuple[Namespace, Namespace]) -> None:
+    """The world sees the guest's address, not the host's; and nothing of it stays."""
+    host, world = places
+    address = OUTSIDE.rpartition(".")[0] + ".77"
+    net = ("--net", f"macvtap=eth0,ip={address}/24")
+    with Echo(world, 7):
+        result = run_hostel(
+            *("run", "-q", "--engine", "qemu", *net, "python3", "-c", CONNECT, OUTSIDE)
+        )
+    assert result.stdout.decode() == f"{address}\n", result.stderr
+    settle()
+    assert "macvtap" not in host.run("ip -d link")
+
+
 def e1000_kernel() -> str:
     from hostel.host import kernels
 
