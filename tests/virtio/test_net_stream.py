@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
 import time
@@ -17,7 +18,7 @@ from hostel.virtio.net_port import HEADER, LENGTH, MAX_FRAME
 from hostel.virtio.rng import Rng
 from virtio.netns import frame
 from virtio.rig import EVENT_INDEX, Driver, Rig, wait_fd
-from virtio.wire import RX, TX, StreamNics, offer, received, send
+from virtio.wire import RX, TX, StreamNics, Wire, offer, received, send
 
 MERGED = 1 << abi.F_MRG_RXBUF
 LARGEST = frame(os.urandom(MAX_FRAME - HEADER - 14))
@@ -148,22 +149,58 @@ def test_a_slow_network_slows_the_driver_and_loses_nothing(stream_nic: StreamNic
     driver, wire = stream_nic()
     driver.start(EVENT_INDEX, size=64, heap=1 << 20)
     frames = [frame(at.to_bytes(4, "big") + bytes(8000)) for at in range(300)]
-    queue, given = driver.queues[TX], 0
-    while given < 64:
-        queue.add([bytes(HEADER) + frames[given]])
-        given += 1
-    driver.kick(TX)
+    left = iter(frames)
+    send(driver, *itertools.islice(left, 64))
     time.sleep(0.05)
-    assert len(queue.completed()) < 64, "the port is full and takes no more"
+    assert len(driver.queues[TX].completed()) < 64, "the port is full and takes no more"
     got: list[bytes] = []
-    while len(got) < len(frames):
-        got.append(wire.receive())
-        queue.completed()
-        while given < len(frames) and queue._free:
-            queue.add([bytes(HEADER) + frames[given]])
-            driver.kick(TX)
-            given += 1
+    network = threading.Thread(target=lambda: got.extend(wire.receive() for _ in frames))
+    network.start()
+    while more := list(itertools.islice(left, len(driver.queues[TX]._free))):
+        send(driver, *more)
+        driver.wait(TX)
+    network.join()
     assert got == frames
+
+
+def send_until_one_is_cut(driver: Driver, wire: Wire, size: int) -> list[bytes]:
+    """One frame after the other, until the driver has back what the socket did not wholly take."""
+    sent: list[bytes] = []
+    while wire.readable() == sum(LENGTH + len(one) for one in sent):
+        sent.append(frame(len(sent).to_bytes(4, "big") + bytes(size)))
+        send(driver, sent[-1])
+        driver.wait(TX)
+    return sent
+
+
+@pytest.mark.parametrize("size", [2000, 8001, 60000])
+@pytest.mark.parametrize("features", [0, EVENT_INDEX], ids=["plain", "event"])
+def test_the_end_of_a_burst_needs_no_other_frame(
+    stream_nic: StreamNics, size: int, features: int
+) -> None:
+    """The driver has all its buffers back and says no more; what the port still holds goes out."""
+    driver, wire = stream_nic()
+    driver.start(features, size=64)
+    sent = send_until_one_is_cut(driver, wire, size)
+    assert [wire.receive() for _ in sent] == sent
+
+
+def test_the_end_of_a_burst_has_been_paid_for(stream_nic: StreamNics) -> None:
+    """It puts the NIC into debt for minutes. That holds back what comes after it, and costs no time."""
+    driver, wire = stream_nic()
+    driver.start(size=64)
+    cut = len(send_until_one_is_cut(driver, wire, 8000))
+    rate = Rate(per_second=10, burst=(cut - 1) * len(frame(bytes(8004))))
+    driver, wire = stream_nic(limits=Limits(bytes=rate))
+    driver.start(size=64)
+    sent = send_until_one_is_cut(driver, wire, 8000)
+    assert len(sent) == cut
+    assert [wire.receive() for _ in sent] == sent
+    send(driver, frame())
+    begin = time.process_time()
+    time.sleep(0.2)
+    assert time.process_time() - begin < 0.1, "the thread of these queues is busy waiting"
+    assert not driver.queues[TX].completed()
 
 
 def test_rates(stream_nic: StreamNics) -> None:

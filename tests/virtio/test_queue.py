@@ -267,6 +267,29 @@ def test_with_event_index_the_driver_kicks_once(memory: GuestMemory) -> None:
     assert driver.wants_kick
 
 
+def test_the_mock_driver_sees_what_no_interrupt_tells_of(
+    memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device uses a chain when the driver has looked at the ring and has not yet said so (§2.7.10)."""
+    driver, queue = pair(memory, event_index=True)
+    heads = [driver.add([b"x"]) for _ in range(3)]
+    interrupts = []
+
+    def use_one() -> None:
+        if (chain := queue.pop()) is not None:
+            queue.push(chain, 0)
+            interrupts.append(queue.needs_interrupt())
+
+    def late(value: int) -> None:
+        use_one()
+        DriverQueue.set_used_event(driver, value)
+
+    use_one()
+    monkeypatch.setattr(driver, "set_used_event", late)
+    assert [done.head for done in driver.completed()] == heads
+    assert interrupts == [True, False, False]
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     start=st.integers(0, 0xFFFF),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
+import termios
 from contextlib import ExitStack
 
 from hostel.spec import Limits
@@ -28,6 +30,11 @@ class Wire:
 
     def receive(self) -> bytes:
         return self._read(int.from_bytes(self._read(LENGTH), "big"))
+
+    def readable(self) -> int:
+        """Bytes that have come and were not read."""
+        count = fcntl.ioctl(self.sock, termios.FIONREAD, bytes(4))
+        return int.from_bytes(count, "little")
 
     def _read(self, size: int) -> bytes:
         data = b""

@@ -13,6 +13,7 @@ write whatever they are told: that is how a hostile driver is played.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 
 import msgspec
@@ -60,6 +61,7 @@ class DriverQueue:
         self._next_avail = 0
         self._kicked_at = 0
         self._next_used = 0
+        self._fence = threading.Lock()
         memory.write(base, bytes(self.heap - base))
 
     @property
@@ -101,14 +103,23 @@ class DriverQueue:
 
     def completed(self) -> list[Completion]:
         """What the device has used since the last call; its buffers are free again."""
+        done = self._take_used()
+        while self.event_index:
+            self.set_used_event(self._next_used)
+            with self._fence:  # what was used before the device saw this is told by no interrupt
+                more = self._take_used()
+            if not more:
+                break
+            done += more
+        return done
+
+    def _take_used(self) -> list[Completion]:
         done = []
         while self.memory.read_u16(self.used + 2) != self._next_used & 0xFFFF:
             slot = self.used + 4 + 8 * (self._next_used % self.size)
             head, written = self.memory.read_u32(slot), self.memory.read_u32(slot + 4)
             done.append(Completion(head, written, self._release(head, written)))
             self._next_used += 1
-        if self.event_index:
-            self.set_used_event(self._next_used)
         return done
 
     @property

@@ -270,7 +270,7 @@ class Transmitter:
     def __init__(self, port: NetPort, queue: ServedQueue, gate: Gate) -> None:
         self.queue = queue
         self.blocked = False
-        """The port has no room."""
+        """The port has no room, for a frame of the driver's or for what it still holds of the last one."""
         self.frames = self.bytes = self.dropped = 0
         self._port, self._gate = port, gate
 
@@ -291,6 +291,7 @@ class Transmitter:
         if done:
             queue.push_batch(done)
             queue.interrupt()
+        self.blocked = self.blocked or self._port.unsent
         if (
             not self.blocked
             and not pause

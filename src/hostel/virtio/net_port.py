@@ -44,6 +44,10 @@ class NetPort(Protocol):
     def receive(self, buffers: Sequence[memoryview]) -> int:
         """Read one frame, which is cut off where ``buffers`` end; its length, header included."""
 
+    @property
+    def unsent(self) -> bool:
+        """Whether a frame, or the rest of one, waits in the port itself for room: ``flush`` it then."""
+
     def send(self, buffers: Sequence[memoryview]) -> int:
         """Write one frame, all of it; its length. ``OSError`` where the host refuses this frame."""
 
@@ -62,7 +66,7 @@ class NetPort(Protocol):
 class TapPort:
     """A tap's or macvtap's queue, opened with IFF_VNET_HDR; belongs to the port from now on."""
 
-    buffered = False
+    buffered = unsent = False
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -171,6 +175,10 @@ class StreamPort:
     @property
     def buffered(self) -> bool:
         return self._end > self._begin
+
+    @property
+    def unsent(self) -> bool:
+        return bool(self._outbox)
 
     def _frame_size(self) -> int | None:
         """Of the frame that is wholly there."""

@@ -162,19 +162,26 @@ class Pair:
         transmitter = self.transmitter
         if transmitter is None or "transmit" in self._paused:
             return
-        was_blocked, pause = transmitter.blocked, transmitter.run()
+        pause = transmitter.run()
         if pause:
             self._paused["transmit"] = time.monotonic() + pause
-        if transmitter.blocked or was_blocked:
+        if transmitter.blocked:
             self._watch()
 
     def _ready(self) -> None:
         """The port can be read or written, or has failed, which reading tells."""
         read, write = self._watched
         if write and self.port.flush():
-            self._transmit()
+            self._unblock()
         if read:
             self._receive()
+
+    def _unblock(self) -> None:
+        """The port has room. Whether there is something to send, and the rate allows it, is seen now."""
+        assert self.transmitter is not None
+        self.transmitter.blocked = False
+        self._transmit()
+        self._watch()
 
     # -- waiting ----------------------------------------------------------------------------------
 
