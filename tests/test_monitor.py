@@ -190,7 +190,7 @@ def test_stop_while_the_devices_are_seated(monkeypatch: pytest.MonkeyPatch) -> N
         time.sleep(0.2)
         seat(self)
 
-    def slow_close(self: Board) -> bool:
+    def slow_close(self: Board) -> str:
         result = close(self)
         time.sleep(0.2)
         closed.append(self)

@@ -19,6 +19,7 @@ which a kernel that knows kvm-clock never touches, but which small kernels live 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
@@ -33,7 +34,7 @@ from hostel.vmm import cpu, layout
 from hostel.vmm.bus import Bus, Device
 from hostel.vmm.irq import InterruptTable
 from hostel.vmm.loop import EventLoop
-from hostel.vmm.vcpu_thread import VcpuThread
+from hostel.vmm.vcpu_thread import JOIN_SECONDS, VcpuThread
 
 from .loading import Loading
 from .nic import e1000_pins
@@ -147,18 +148,19 @@ class Board:
         self.ports.release()
         self.mmio.release()
 
-    def close(self) -> bool:
-        """Whether all is given back. A vCPU thread that does not end keeps what it may still use."""
+    def close(self) -> str:
+        """Give all back. Where a vCPU's thread that does not end is: it keeps what it may still use."""
         with self._seating:
             self._closed = True
         self.halt()
-        if not all([thread.stop() for thread in self.threads]):
-            return False
+        deadline = time.monotonic() + JOIN_SECONDS
+        if stuck := [t.place for t in self.threads if not t.stop(deadline - time.monotonic())]:
+            return ", ".join(stuck)
         for device in self.ports.devices():
             if flush := getattr(device, "flush", None):
                 self.enter(device, flush)
         self._undo.close()
-        return True
+        return ""
 
     # -- the list's steps ---------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from hostel.console import Console
-from hostel.errors import GuestError, HostelError, MachineStopped, SpecError
+from hostel.errors import GuestError, HostelError, HostError, MachineStopped, SpecError
 from hostel.plan import Balloon, Ending, Plan
 from hostel.vmm.loop import EventLoop
 
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 MAX_FAULTS = 16
 EVENT_SHUTDOWN, EVENT_RESET = 1, 2  # KVM_SYSTEM_EVENT_*
+STOP_SECONDS = 60.0
+"""For all that a stop waits for; data on its way to a slow disk is most of it."""
+COST = "its memory stays taken until this process has gone"
 
 
 class Monitor:
@@ -57,6 +60,9 @@ class Monitor:
         self._stopping = False
         self._ending: Ending | None = None
         self._settled = threading.Event()
+        self._settler: threading.Thread | None = None
+        self._stuck: HostError | None = None
+        """A thread of ours hangs."""
         self._undo = ExitStack()
         self._undo.callback(self.console.close)
         self._board: Board | None = None
@@ -92,17 +98,26 @@ class Monitor:
         return self._ending if self._settled.wait(timeout) else None
 
     def stop(self) -> None:
-        """Not from the event loop or a console's subscriber: it waits for both."""
-        with self._life, self._lock:
-            if self._settled.is_set():
-                return
+        """Not from the event loop or a console's subscriber: it waits for both. ``HostError`` where a thread
+        of ours hangs: then what that may still use is left behind."""
+        with self._life:
+            if not self._settled.is_set():
+                self._stop()
+        if not self._settled.wait(STOP_SECONDS) and self._settler is not None:
+            from hostel.vmm.vcpu_thread import place
+
+            self._stuck = HostError(f"the machine does not stop: {place(self._settler)}", cost=COST)
+        if self._stuck is not None:
+            raise self._stuck
+
+    def _stop(self) -> None:
+        with self._lock:
             self._stopping = True
             never_started = self._board is None and self._report is None
         if never_started:
             self._finish(Ending("stopped"))
         else:
             self._end(Ending("stopped"))
-        self._settled.wait()
 
     def resize_disk(self, index: int, size: int) -> None:
         with self._lock:
@@ -245,7 +260,8 @@ class Monitor:
             if board is not None:
                 self._statistics = board.statistics() | self._own_statistics()
                 board.halt()
-        threading.Thread(target=self._settle, name="hostel-settle", daemon=True).start()
+        self._settler = threading.Thread(target=self._settle, name="hostel-settle", daemon=True)
+        self._settler.start()
 
     def _settle(self) -> None:
         """Take the board down; then another power-on, or the ending."""
@@ -268,14 +284,18 @@ class Monitor:
         board, self._board = self._board, None
         report = self._report
         assert report is not None
-        if board is not None and not board.close():
-            return Ending("error", "a vCPU's thread did not end")
+        if board is not None and (at := board.close()):
+            self._stuck = HostError(f"a vCPU's thread does not end: {at}", cost=COST)
+            return Ending("error", str(self._stuck))
         if report.kind == "reset" and self._panic.message:
             return Ending("panic", self._panic.message)
         return report
 
     def _finish(self, ending: Ending) -> None:
-        self._undo.close()
+        if self._stuck is None:
+            self._undo.close()
+        else:  # the thread that hangs may hold what closing waits for
+            self._close_agent()
         self._ending = ending
         self._settled.set()
 

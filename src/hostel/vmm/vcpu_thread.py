@@ -14,6 +14,7 @@ ours all become one call of ``on_error`` with a HostelError of one line, and the
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -101,13 +102,18 @@ class VcpuThread:
         self._stopping = True
         self.vcpu.kick()
 
-    def stop(self) -> bool:
-        """Whether the thread has ended, at the latest after ``JOIN_SECONDS``."""
+    def stop(self, seconds: float = JOIN_SECONDS) -> bool:
+        """Whether the thread has ended, at the latest after that time."""
         self.request_stop()
         if self._thread.ident is None or self._thread is threading.current_thread():
             return True
-        self._thread.join(JOIN_SECONDS)
+        self._thread.join(max(seconds, 0))
         return not self._thread.is_alive()
+
+    @property
+    def place(self) -> str:
+        """What the thread is at, for a person."""
+        return place(self._thread)
 
     def _main(self) -> None:
         try:
@@ -173,6 +179,15 @@ def registers(vcpu: Vcpu) -> str:
         f"{name}={getattr(sregs, name):#x}" for name in ("cr0", "cr2", "cr3", "cr4", "efer")
     )
     return f"{general} cs={sregs.cs.selector:#x} {control}"
+
+
+def place(thread: threading.Thread) -> str:
+    """Where a thread is: its name, and our innermost code."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    if frame is None:
+        return f"{thread.name} has ended"
+    last = traceback.extract_stack(frame)[-1]
+    return f"{thread.name} is in {last.name}, {last.filename.rsplit('/', 1)[-1]}:{last.lineno}"
 
 
 def bug(error: Exception) -> HostError:
