@@ -13,30 +13,24 @@ Rules: standard library only (it runs before the virtual environment exists); st
 the command's bytes only; every child dies with us (parent-death signal), and nothing is left on disk.
 The server emulated is slow (a few per cent of native) and stalled in 2 of 20 boots when measured: a boot
 that makes no progress is ended and tried again, and so is a server that stands still before the command
-has said or read anything. We say so.
+has said or read anything. We say so. Files: this one starts and ends it, testbed_session.py talks to it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
-import json
 import os
-import selectors
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import termios
-import threading
 import time
 import tty
 from collections.abc import Iterator
 
 from testbed_parts import (
-    CACHE,
     TOP,
     TestbedError,
     build_initramfs,
@@ -45,20 +39,11 @@ from testbed_parts import (
     newest_kernel,
     program,
 )
+from testbed_session import PORTS, Session, Stalled, window_size
 
-PORTS = ("control", "stdin", "stdout", "stderr")
-STALL = 45.0
-"""Seconds without a byte on the console, or a step of the guest's runner, that end a boot."""
-SILENCE = 120.0
-"""Seconds without a sign of life from the guest's runner (it gives one every 5) that end a server in which
-the command runs."""
 ATTEMPTS = 3
 OWN_FAILURE = 125
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-
-
-class Stalled(TestbedError):
-    """A server that stopped making progress before the command said or read a word; worth another try."""
 
 
 def say(text: str) -> None:
@@ -191,149 +176,6 @@ class Server:
         return [*console[: panic + 1][-10:], *log[-5:]]
 
 
-# --- The conversation --------------------------------------------------------------------------------
-
-
-class Session:
-    """Boot, hand over the command, carry the streams, and learn how it ended."""
-
-    def __init__(self, server: Server) -> None:
-        self.server = server
-        self.lines = b""
-        self.fed = False
-        """Whether the command was given any standard input."""
-        self.selector = selectors.DefaultSelector()
-        for name in ("console", "control"):
-            self.selector.register(server.ports[name], selectors.EVENT_READ, name)
-
-    def send(self, message: dict[str, object]) -> None:
-        with contextlib.suppress(OSError):
-            self.server.ports["control"].sendall(json.dumps(message).encode() + b"\n")
-
-    def expect(self, key: str) -> None:
-        """Wait for a step of the boot, watching that something goes on."""
-        deadline = time.monotonic() + STALL
-        while True:
-            for message in self._poll(max(0.0, deadline - time.monotonic())):
-                if key in message:
-                    return
-            if self.server.ended:
-                raise TestbedError("the emulated server ended while booting")
-            if time.monotonic() > deadline:
-                raise Stalled(f"no progress for {STALL:.0f} s while booting")
-            if self.progress:
-                deadline = time.monotonic() + STALL
-
-    def _poll(self, timeout: float | None) -> Iterator[dict[str, object]]:
-        self.progress = False
-        for key, _ in self.selector.select(timeout):
-            data = key.fileobj.recv(65536)  # type: ignore[union-attr]
-            self.progress = True
-            if not data:
-                self.selector.unregister(key.fileobj)
-            elif key.data == "console":
-                self.server.console = (self.server.console + data)[-65536:]
-                if self.server.options.console:
-                    os.write(2, data)
-            else:
-                self.lines += data
-        *whole, self.lines = self.lines.split(b"\n")
-        yield from (json.loads(line) for line in whole)
-
-    def boot(self) -> None:
-        options = self.server.options
-        self.expect("hello")
-        self.send(
-            {
-                "argv": options.command,
-                "cwd": os.getcwd(),
-                "env": environment(),
-                "tty": window_size() if options.tty else None,
-                "npt": str(options.npt),
-                "modules": str(self.server.modules),
-                "visible": [str(TOP), os.getcwd(), str(CACHE), *options.share],
-            }
-        )
-        self.expect("ready")
-
-    def run(self) -> int:
-        """Carry the streams until the exit line, and then to the last byte that it counts."""
-        outputs = [Output(self.server.ports["stdout"], 1), Output(self.server.ports["stderr"], 2)]
-        threading.Thread(target=self._feed, daemon=True).start()
-        heard = time.monotonic()
-        while True:
-            for message in self._poll(1.0):
-                heard = time.monotonic()
-                if "exit" in message:
-                    for output, name in zip(outputs, ("stdout", "stderr"), strict=True):
-                        output.wait_for(int(str(message[name])))
-                    return int(str(message["exit"]))
-            if self.server.ended:
-                raise TestbedError("the emulated server ended before the command did")
-            if time.monotonic() - heard > SILENCE:
-                self._give_up(untouched=not self.fed and not any(o.count for o in outputs))
-
-    def _give_up(self, *, untouched: bool) -> None:
-        """Again only if nobody could notice that the command ran before."""
-        what = f"the emulated server stood still for {SILENCE:.0f} s"
-        if untouched:
-            raise Stalled(what)
-        raise TestbedError(f"{what} while the command ran; its output is not complete")
-
-    def _feed(self) -> None:
-        """Our standard input to the guest. A half-closed socket is the guest's end of file: QEMU reads
-        what is there first, which a closed one (HUP) does not promise."""
-        port = self.server.ports["stdin"]
-        with contextlib.suppress(OSError):
-            while data := os.read(0, 65536):
-                self.fed = True
-                port.sendall(data)
-        with contextlib.suppress(OSError):
-            port.shutdown(socket.SHUT_WR)
-
-
-class Output(threading.Thread):
-    """One output port to one file descriptor; it counts, so that the end is known to be the end."""
-
-    def __init__(self, port: socket.socket, fd: int) -> None:
-        super().__init__(daemon=True)
-        self.port, self.fd, self.count = port, fd, 0
-        self.more = threading.Condition()
-        self.start()
-
-    def run(self) -> None:
-        with contextlib.suppress(OSError):
-            while data := self.port.recv(65536):
-                self._write(data)
-                with self.more:
-                    self.count += len(data)
-                    self.more.notify()
-
-    def _write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            try:
-                view = view[os.write(self.fd, view) :]
-            except BrokenPipeError:
-                return  # nobody reads any more; the command's own end decides
-
-    def wait_for(self, count: int) -> None:
-        with self.more:
-            self.more.wait_for(lambda: self.count >= count, timeout=30)
-
-
-def environment() -> dict[str, str]:
-    """The caller's, without what points at things that are not in there."""
-    absent = ("XDG_RUNTIME_DIR", "DISPLAY", "WAYLAND_DISPLAY", "DBUS_SESSION_BUS_ADDRESS")
-    inherited = {key: value for key, value in os.environ.items() if key not in absent}
-    return {**inherited, "HOSTEL_TESTBED": "1"}
-
-
-def window_size() -> tuple[int, int]:
-    rows, columns, _, _ = struct.unpack("HHHH", fcntl.ioctl(0, termios.TIOCGWINSZ, b"\0" * 8))
-    return rows, columns
-
-
 @contextlib.contextmanager
 def terminal(session: Session, wanted: bool) -> Iterator[None]:
     """The caller's terminal made transparent, its size followed, and restored on every way out."""
@@ -398,6 +240,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--memory", default="4G", help="memory (default: 4G)")
     parser.add_argument("--share", action="append", default=[], help="keep DIR, in /tmp, visible")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="end it when CMD has written nothing on standard output for so long (default: never)",
+    )
     parser.add_argument("--console", action="store_true", help="show the boot on standard error")
     parser.add_argument("--verbose", action="store_true", help="say how long the boot took")
     parser.add_argument(

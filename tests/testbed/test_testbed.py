@@ -78,6 +78,20 @@ def test_options_reach_the_machine() -> None:
     assert result.returncode == 128 + signal.SIGKILL
 
 
+def test_a_command_that_falls_silent_is_ended() -> None:
+    program = "trap 'echo where it stands >&2' ABRT; echo up; sleep 600 & wait; sleep 600"
+    result = subprocess.run(
+        [*TESTBED, "--patience", "5", "--", "sh", "-c", program],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (125, "up\n")
+    assert "where it stands\n" in result.stderr
+    assert "the command wrote nothing for 5 s" in result.stderr
+
+
 def test_an_interrupt_reaches_the_command() -> None:
     process = start_until_ready(
         "sh", "-c", "trap 'echo caught; exit 9' INT; echo ready; sleep 60 & wait"
