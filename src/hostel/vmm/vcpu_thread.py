@@ -182,12 +182,12 @@ def registers(vcpu: Vcpu) -> str:
 
 
 def place(thread: threading.Thread) -> str:
-    """Where a thread is: its name, and our innermost code."""
+    """Where a thread is: its name, and its innermost code."""
     frame = sys._current_frames().get(thread.ident or 0)
     if frame is None:
         return f"{thread.name} has ended"
-    last = traceback.extract_stack(frame)[-1]
-    return f"{thread.name} is in {last.name}, {last.filename.rsplit('/', 1)[-1]}:{last.lineno}"
+    code = frame.f_code
+    return f"{thread.name} is in {code.co_name}, {code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
 
 
 def bug(error: Exception) -> HostError:
