@@ -58,6 +58,7 @@ def test_the_name_does_not_matter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "protocol", "entry"),
     [
+        (bytes(510) + b"\x55\xaa", "sector", 0x7C00),
         (kernels.elf(), "linux", MIB),
         (kernels.elf(entry=MIB + 16), "linux", MIB + 16),
         (kernels.elf(note=LINUX_NOTE), "linux", MIB),

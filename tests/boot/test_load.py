@@ -175,3 +175,15 @@ def test_protected_mode_registers() -> None:
     sregs, regs = initial_sregs(entry, kvm.Sregs(cr4=0x20, efer=0x500)), initial_regs(entry)
     assert (sregs.cs.l, sregs.cs.db, sregs.cr0, sregs.cr4, sregs.efer) == (0, 1, 0x11, 0, 0)
     assert (regs.rip, regs.rbx, regs.rflags) == (0x1234, 7, 2)
+
+
+def test_a_boot_sector_is_entered_in_real_mode(memory: GuestMemory, tmp_path: Path) -> None:
+    path = tmp_path / "sector"
+    path.write_bytes(b"code".ljust(510, b"\0") + b"\x55\xaa")
+    entry = load_kernel(memory, path)
+    assert memory.read(0x7C00, 4) == b"code"
+    assert entry == EntryState("real", 0x7C00, {"rdx": 0x80, "rsp": 0x7C00})
+    reset = kvm.Sregs(cr0=0x6000_0010)
+    reset.cs.base, reset.cs.selector = 0xFFFF_0000, 0xF000
+    sregs = initial_sregs(entry, reset)
+    assert (sregs.cs.base, sregs.cs.selector, sregs.cr0) == (0, 0, 0x6000_0010)

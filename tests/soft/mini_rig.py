@@ -5,10 +5,13 @@ The same for every hypervisor of the contract: vCPUs on threads, and the two por
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 
 import msgspec
 
@@ -29,6 +32,9 @@ from hostel.vmm import layout
 from hostel.vmm.irq import pin_routes
 
 PATIENCE = 60.0
+IN_TESTBED = os.environ.get("HOSTEL_TESTBED") == "1"
+INTERPRETED = re.search(r"^flags.* (vmx|svm)\b", Path("/proc/cpuinfo").read_text(), re.M) is None
+"""This host's KVM, if any, does without the processor's help."""
 
 Machine = Callable[[mini.Guest, GuestMemory], AbstractContextManager[list[Vcpu]]]
 

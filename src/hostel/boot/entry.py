@@ -5,9 +5,10 @@
     mode        paging                      code segment   for
     long        identity, first 4 GiB       64-bit         linux      (boot.rst, "64-bit boot protocol")
     protected   off                         32-bit         pvh, multiboot
+    real        off                         16-bit         sector
 
-The segments are flat and come from a GDT in guest memory: selector 0x10 code, 0x18 data (Linux's
-__BOOT_CS and __BOOT_DS), 0x20 a TSS. Interrupts are off. The other vCPUs wait for their start-up
+The segments are flat and, but for real mode, come from a GDT in guest memory: selector 0x10 code, 0x18 data
+(Linux's __BOOT_CS and __BOOT_DS), 0x20 a TSS. Interrupts are off. The other vCPUs wait for their start-up
 message, and need nothing from here.
 """
 
@@ -24,7 +25,7 @@ from hostel.hypervisor import Vcpu
 from hostel.memory import GuestMemory
 from hostel.vmm import layout
 
-Mode = Literal["long", "protected"]
+Mode = Literal["long", "protected", "real"]
 
 CODE_SELECTOR = 0x10
 DATA_SELECTOR = 0x18
@@ -70,6 +71,8 @@ def initial_regs(entry: EntryState) -> abi.Regs:
 
 def initial_sregs(entry: EntryState, sregs: abi.Sregs) -> abi.Sregs:
     """``sregs`` as they are after a reset, changed in place: what is the APIC's stays."""
+    if entry.mode == "real":
+        return _real_sregs(sregs)
     long = entry.mode == "long"
     sregs.cs = _segment(CODE_SELECTOR, _CODE, long=long)
     data = _segment(DATA_SELECTOR, _DATA)
@@ -87,8 +90,18 @@ def initial_sregs(entry: EntryState, sregs: abi.Sregs) -> abi.Sregs:
     return sregs
 
 
+def _real_sregs(sregs: abi.Sregs) -> abi.Sregs:
+    """As after a reset, but for the segments, which begin at 0, all of them."""
+    for name in ("cs", "ds", "es", "fs", "gs", "ss"):
+        segment = getattr(sregs, name)
+        segment.selector = segment.base = 0
+    return sregs
+
+
 def write_tables(memory: GuestMemory, mode: Mode) -> None:
-    """The GDT, and for long mode the page tables, that this state points to."""
+    """The GDT, and for long mode the page tables, that this state points to. Real mode has none."""
+    if mode == "real":
+        return
     memory.write(layout.GDT_ADDRESS, _gdt(mode))
     if mode == "long":
         memory.write(layout.BOOT_PAGE_TABLES, _identity_map(layout.BOOT_PAGE_TABLES))

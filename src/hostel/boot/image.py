@@ -7,6 +7,7 @@
     ELF64, a Linux or with nothing else ─┘
     multiboot 1 header, in an ELF or flat ─────────> multiboot  32-bit, information in EBX
     ELF with a PVH note ───────────────────────────> pvh        32-bit, start info in EBX
+    512 bytes that end with 55 AA ─────────────────> sector     real mode, at 0x7C00
 
 A Linux that could be entered in several ways is entered in 64-bit mode: it is the shortest way. Of
 multiboot and PVH multiboot comes first, as in QEMU, where such kernels are tried.
@@ -23,12 +24,16 @@ import msgspec
 from hostel.abi import boot as abi
 from hostel.abi import elf as elf_abi
 from hostel.errors import ImageError
+from hostel.vmm import layout
 
 from . import bzimage, decompress, elf, multiboot_header
 from .elf import Segment
 from .source import Source
 
-BootProtocol = Literal["linux", "pvh", "multiboot"]
+_SECTOR = 512
+_SIGNATURE = b"\x55\xaa"
+
+BootProtocol = Literal["linux", "pvh", "multiboot", "sector"]
 
 
 class KernelImage(msgspec.Struct, frozen=True):
@@ -94,6 +99,10 @@ def _recognise(source: Source) -> KernelImage:
         return _from_elf(source, head)
     header = multiboot_header.find(head)
     if header is None:
+        if source.size == _SECTOR and head.endswith(_SIGNATURE):
+            at = layout.BOOT_SECTOR
+            segment = Segment(at, _SECTOR, 0, _SECTOR, at)
+            return KernelImage("sector", source, (segment,), at)
         raise ImageError(f"{source.name} is {describe(head)}")
     multiboot_header.check_flags(source, header)
     segment, entry = multiboot_header.flat_segment(source, header)

@@ -48,7 +48,7 @@ _CHUNK = 4096
 @opt.output
 def command(timeout: float | None, **given: Any) -> int:
     """Boot any kernel on its raw serial console: bzImage, ELF (64-bit boot protocol or PVH),
-    multiboot 1. Ctrl-] ends the machine.
+    multiboot 1, a boot sector. Ctrl-] ends the machine.
 
     Exit code: 0 if the guest powers itself off, its own if it writes to the debug exit port, 125 if
     it panics or crashes.

@@ -29,7 +29,7 @@ from hostel.boot import elf, image
 from hostel.boot.fits import check_fits
 from hostel.boot.source import Source
 from hostel.console import Console
-from hostel.errors import HostError, MachineStopped
+from hostel.errors import HostError, MachineStopped, SpecError
 from hostel.host import toolbox
 from hostel.host.process import GRACE, Helper
 from hostel.memory import GuestMemory
@@ -269,6 +269,8 @@ class QemuEngine:
         """What QEMU would leave to the guest to find out, or say in its own words."""
         plan = self.plan
         with image.open_kernel(plan.kernel) as kernel:
+            if kernel.protocol == "sector":
+                raise SpecError("engine qemu boots no boot sectors", cure="use --engine kvm")
             check_fits(kernel, cmdline=cmdline, initrd=plan.initrd, memory=plan.spec.memory)
         if plan.spec.hugepages:
             GuestMemory(plan.spec.memory, hugepages=True).close()

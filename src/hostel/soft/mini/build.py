@@ -26,7 +26,7 @@ Mode = Literal["sector", "protected", "long"]
 
 _COST = "mini guests cannot be built"
 _CURE = "apt-get install binutils (as root)"
-_EMULATION = {"sector": "elf_i386", "protected": "elf_i386", "long": "elf_x86_64"}
+_EMULATION = {"sector": "elf_x86_64", "protected": "elf_i386", "long": "elf_x86_64"}
 
 
 def built(name: str, mode: Mode, parameters: Mapping[str, int]) -> Path:
@@ -67,7 +67,7 @@ def _tools() -> str:
 def _assemble(name: str, mode: Mode, parameters: Mapping[str, int], output: Path) -> None:
     thing = output.with_suffix(".o")
     symbols = [f"--defsym={key.upper()}={value}" for key, value in parameters.items()]
-    width = "--64" if mode == "long" else "--32"
+    width = "--32" if mode == "protected" else "--64"
     source, script = HERE / f"{name}.s", HERE / "lib" / f"{_script(mode)}.ld"
     _do("as", width, f"-I{HERE / 'lib'}", *symbols, "-o", str(thing), str(source))
     flags = ("-n", "-z", "noexecstack", "--no-warn-rwx-segments", "--build-id=none")

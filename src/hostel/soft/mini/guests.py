@@ -85,6 +85,12 @@ _ALL = (
         {"threads": 3, "yields": 9, "work": 50, "cpus": 2, "x2apic": 1},
         irqchip=True,
     ),
+    Guest("flat", "32-bit: segments, ring 3 and its ports", mode="protected"),
+    Guest("segments", "32-bit: checks that emulators leave out", mode="protected"),
+    Guest("paged", "32-bit: two levels of tables, 4 MiB pages", {"pages": 24}, mode="protected"),
+    Guest("pae", "32-bit: PAE, 2 MiB pages, no-execute", mode="protected"),
+    Guest("sector", "16-bit: segments, the interrupt table", mode="sector"),
+    Guest("modes", "real, protected, real again, long mode", mode="sector"),
     Guest("triple", "a fault without an IDT: shutdown", ends="shutdown"),
 )
 
