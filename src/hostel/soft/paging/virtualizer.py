@@ -96,6 +96,40 @@ class Scope(Enum):
 class Flush(NamedTuple):
     scope: Scope
     addresses: tuple[int, ...] = ()
+    """Also with ``RETAIN_GLOBALS``: global pages that changed."""
+
+
+class FlushQueue:
+    """What one vCPU's TLB has to forget before its next entry: never less than was asked for."""
+
+    LIMIT = 16
+    """More addresses than these are no cheaper than all."""
+
+    def __init__(self) -> None:
+        self._scope: Scope | None = None
+        self._addresses: dict[int, None] = {}
+
+    def address(self, address: int) -> None:
+        self._addresses[address] = None
+        if len(self._addresses) > self.LIMIT:
+            self.all(Scope.CONTEXT)
+
+    def all(self, scope: Scope) -> None:
+        if self._scope is None or _STRENGTH.index(scope) > _STRENGTH.index(self._scope):
+            self._scope = scope
+        if self._scope is not Scope.RETAIN_GLOBALS:
+            self._addresses.clear()
+
+    def take(self) -> Flush | None:
+        scope, addresses = self._scope, tuple(self._addresses)
+        self._scope = None
+        self._addresses.clear()
+        if scope is None:
+            return Flush(Scope.ADDRESSES, addresses) if addresses else None
+        return Flush(scope, addresses)
+
+
+_STRENGTH = (Scope.RETAIN_GLOBALS, Scope.CONTEXT, Scope.EPT)
 
 
 class PagingStatistics(msgspec.Struct):

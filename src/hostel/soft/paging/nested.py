@@ -1,0 +1,150 @@
+"""The second dimension: extended page tables, GPA → HPA (SDM vol. 3C §28.2), as the processor walks them.
+
+::
+
+    bits of an entry   0 R   1 W   2 X   5:3 memory type (a page's)   7 large page
+                       8 accessed   9 dirty (a page's; both only with bit 6 of the EPTP)
+
+``EptMemory`` makes guest tables readable by their GPAs through the EPT, so that the walker of the first
+dimension (walk.py) can be used as it is: that is what makes a walk two-dimensional.
+
+Execute-only pages are not supported (IA32_VMX_EPT_VPID_CAP bit 0 is 0): 100b is a misconfiguration.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from hostel.soft.physical import PhysicalMemory
+from hostel.soft.silicon import Access, EptFault, Reason
+
+from .walk import ADDRESS, PHYSICAL_BITS, Step, bits
+
+READ, WRITE, EXECUTE = 1, 2, 4
+RIGHTS = READ | WRITE | EXECUTE
+WRITE_BACK = 6 << 3
+LARGE_PAGE = 1 << 7
+EPT_ACCESSED, EPT_DIRTY = 1 << 8, 1 << 9
+EPTP_FOUR_LEVELS = 3 << 3
+EPTP_WRITE_BACK = 6
+EPTP_ACCESSED_DIRTY = 1 << 6
+
+LINEAR_VALID, FINAL = 1 << 7, 1 << 8
+"""Exit qualification of a violation (SDM vol. 3C table 27-7): there is a linear address; the access was
+to what it translates to, as opposed to a guest table entry on the way."""
+
+SHIFTS = (39, 30, 21, 12)
+_RESERVED = (
+    bits(51, PHYSICAL_BITS) | bits(7, 3),
+    bits(51, PHYSICAL_BITS) | bits(6, 3),
+    bits(51, PHYSICAL_BITS) | bits(6, 3),
+    bits(51, PHYSICAL_BITS),
+)
+_NEEDED = (READ, WRITE, EXECUTE)
+
+
+class EptPage(NamedTuple):
+    address: int
+    """HPA."""
+    size: int
+    rights: int
+    dirty: bool
+    """It may be written without another walk."""
+    steps: tuple[Step, ...]
+
+
+class EptWalker:
+    """Walks one EPT for one access of the guest, and counts the entries it reads."""
+
+    def __init__(self, physical: PhysicalMemory, pointer: int, linear: int) -> None:
+        self.physical = physical
+        self.root = pointer & ADDRESS
+        self.marks = bool(pointer & EPTP_ACCESSED_DIRTY)
+        self.linear = linear
+        self.references = 0
+
+    def translate(self, gpa: int, access: Access, cause: int) -> EptPage:
+        """``cause``: bits 7 and 8 of the qualification, should it be a violation."""
+        asked = _NEEDED[access]
+        if self.marks and not cause & FINAL:
+            asked = READ | WRITE  # entries of guest tables are accessed as by a write (§28.2.3.2)
+        steps, rights, size = self._steps(gpa, asked, cause)
+        if asked & ~rights:
+            raise self._violation(gpa, asked | rights << 3 | cause)
+        if self.marks:
+            steps = self._mark(steps, bool(asked & WRITE))
+        leaf = steps[-1].value
+        dirty = not self.marks or bool(leaf & EPT_DIRTY)
+        return EptPage(leaf & ADDRESS & -size | gpa & size - 1, size, rights, dirty, tuple(steps))
+
+    def _steps(self, gpa: int, asked: int, cause: int) -> tuple[list[Step], int, int]:
+        """The entries down to the page, the rights they leave together, the page's size."""
+        table, rights = self.root, RIGHTS
+        steps: list[Step] = []
+        for at, shift in enumerate(SHIFTS):
+            address = table + (gpa >> shift & 511) * 8
+            value = self.physical.read_u64(address)
+            self.references += 1
+            steps.append(Step(4 - at, address, value))
+            if not value & RIGHTS:
+                raise self._violation(gpa, asked | cause)
+            if malformed(value, 4 - at):
+                raise EptFault(Reason.EPT_MISCONFIGURATION, 0, self.linear, gpa)
+            rights &= value
+            if shift == 12 or value & LARGE_PAGE:
+                return steps, rights, 1 << shift
+            table = value & ADDRESS
+        raise AssertionError("level 1 always ends a walk")
+
+    def _violation(self, gpa: int, qualification: int) -> EptFault:
+        return EptFault(Reason.EPT_VIOLATION, qualification, self.linear, gpa)
+
+    def _mark(self, steps: list[Step], dirty: bool) -> list[Step]:
+        marked = []
+        for step in steps:
+            value = step.value | EPT_ACCESSED
+            if dirty and step is steps[-1]:
+                value |= EPT_DIRTY
+            if value != step.value:
+                self.physical.write_u64(step.address, value)
+            marked.append(step._replace(value=value))
+        return marked
+
+
+def malformed(value: int, level: int) -> bool:
+    """An EPT misconfiguration (SDM vol. 3C §28.2.3.1); the entry is present."""
+    if not value & READ:
+        return True  # write without read; or execute-only, which this processor has not
+    if level > 1 and not value & LARGE_PAGE:
+        return bool(value & _RESERVED[4 - level])
+    if level == 4 or value >> 3 & 7 in (2, 3, 7):
+        return True
+    low = bits(SHIFTS[4 - level] - 1, 12) if level > 1 else 0
+    return bool(value & (bits(51, PHYSICAL_BITS) | low))
+
+
+class EptMemory:
+    """Guest-physical memory as the processor reaches it while it walks guest tables: through the EPT."""
+
+    def __init__(self, walker: EptWalker) -> None:
+        self._walker = walker
+        self._physical = walker.physical
+        self.references = 0
+        """Guest table entries that were read; those of the EPT are counted by the walker."""
+
+    def _at(self, gpa: int, access: Access) -> int:
+        return self._walker.translate(gpa, access, LINEAR_VALID).address
+
+    def read_u32(self, gpa: int) -> int:
+        self.references += 1
+        return self._physical.read_u32(self._at(gpa, Access.READ))
+
+    def read_u64(self, gpa: int) -> int:
+        self.references += 1
+        return self._physical.read_u64(self._at(gpa, Access.READ))
+
+    def write_u32(self, gpa: int, value: int) -> None:
+        self._physical.write_u32(self._at(gpa, Access.WRITE), value)
+
+    def write_u64(self, gpa: int, value: int) -> None:
+        self._physical.write_u64(self._at(gpa, Access.WRITE), value)
