@@ -114,6 +114,11 @@ class Cpu:
         state = self.state
         state.cr0, state.cr3, state.cr4, state.efer = real.cr0, real.cr3, real.cr4, real.efer
 
+    def load_and_flush(self, registers: Registers) -> None:
+        """As a guest does that changes CR4.PGE on the way: global pages go from the TLB too."""
+        self.load(registers)
+        self.mmu.flush(self.controls, keep_global=False)
+
     def invlpg(self, address: int) -> None:
         if self.machine.way == "shadow" and self.paging is not None:
             self.paging.on_invlpg(address)
