@@ -1,0 +1,1 @@
+"""The cores: what runs non-root code, by translation or by intercept (``soft/silicon.py``)."""

@@ -1,0 +1,101 @@
+"""Exceptions and interrupts of a running guest: to the hypervisor if it asked, else to the guest's IDT.
+
+SDM vol. 3C §25.2 (what exits), vol. 3A §6.15 (an exception while one is being delivered: #DF, shutdown).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hostel.soft.silicon import EptFault, Event, EventType, Reason, VmExit
+from hostel.soft.state import ACTIVE, BLOCKED_BY_MOV_SS, BLOCKED_BY_NMI, BLOCKED_BY_STI
+
+from .events import DB, PF, Fault, TaskGate, combine, deliver
+
+if TYPE_CHECKING:
+    from .translate import TranslatingCore
+
+STEP = 1 << 14
+"""DR6.BS: a single step (vol. 3B §17.2.3)."""
+SHADOWED = BLOCKED_BY_STI | BLOCKED_BY_MOV_SS
+_BY_IDT = 3 << 30
+_TRAPS = EventType.SOFTWARE_EXCEPTION, EventType.PRIVILEGED_SOFTWARE_EXCEPTION
+
+
+class Delivery:
+    """Works on the core's ``state``, which must be in step with the engine; returns an exit, or None when the
+    guest goes on in its handler."""
+
+    def __init__(self, core: TranslatingCore) -> None:
+        self._core = core
+
+    def fault(self, fault: Fault) -> VmExit | None:
+        """An exception of the instruction at RIP."""
+        return self._intercepted(fault, None) or self._through(
+            self._armed(fault), self._core.state.rip
+        )
+
+    def software(self, event: Event) -> VmExit | None:
+        """INT n, INT1, INT3, INTO at RIP. The last three are subject to the bitmap; INT n is not."""
+        if event.type in _TRAPS and self._core.controls.exception_bitmap >> event.vector & 1:
+            exit = _exception_exit(Fault(event.vector), event, None)
+            exit.length = event.length
+            return exit
+        return self._through(event, self._core.state.rip + event.length)
+
+    def inject(self, event: Event) -> VmExit | None:
+        """At VM entry: nothing intercepts it (§26.6.1)."""
+        self._core.state.activity = ACTIVE
+        return self._through(event, self._core.state.rip + event.length)
+
+    def _armed(self, fault: Fault) -> Event:
+        if fault.vector == PF:
+            self._core.state.cr2 = fault.cr2
+        return fault.event
+
+    def _intercepted(self, fault: Fault, vectoring: Event | None) -> VmExit | None:
+        """By the exception bitmap; for #PF with mask and match."""
+        controls = self._core.controls
+        wanted = bool(controls.exception_bitmap >> fault.vector & 1)
+        if fault.vector == PF:
+            wanted = wanted is ((fault.error or 0) & controls.pf_mask == controls.pf_match)
+        return _exception_exit(fault, fault.event, vectoring) if wanted else None
+
+    def _through(self, event: Event, return_rip: int) -> VmExit | None:
+        """Through the IDT, with all that can go wrong on the way."""
+        core, state = self._core, self._core.state
+        while True:
+            try:
+                deliver(state, core.memory, event, return_rip)
+                break
+            except EptFault as refused:
+                return ept_exit(refused, event)
+            except TaskGate as gate:
+                return VmExit(Reason.TASK_SWITCH, gate.selector | _BY_IDT, vectoring=event)
+            except Fault as second:
+                fault = combine(event, second)
+                if fault is None:
+                    return VmExit(Reason.TRIPLE_FAULT)
+                if exit := self._intercepted(fault, event):
+                    return exit
+                event, return_rip = self._armed(fault), state.rip
+        core.statistics.events_delivered += 1
+        state.interruptibility &= ~SHADOWED
+        if event.type is EventType.NMI:
+            state.interruptibility |= BLOCKED_BY_NMI
+        return None
+
+
+def _exception_exit(fault: Fault, event: Event, vectoring: Event | None) -> VmExit:
+    qualification = {PF: fault.cr2, DB: STEP}.get(event.vector, 0)
+    return VmExit(Reason.EXCEPTION_NMI, qualification, interruption=event, vectoring=vectoring)
+
+
+def ept_exit(fault: EptFault, vectoring: Event | None = None) -> VmExit:
+    return VmExit(
+        Reason(fault.reason),
+        fault.qualification,
+        linear=fault.linear,
+        physical=fault.physical,
+        vectoring=vectoring,
+    )

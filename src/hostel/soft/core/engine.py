@@ -1,0 +1,309 @@
+"""One unicorn instance as an engine for translated blocks: run, count, stop exactly, have blocks scanned.
+
+::
+
+    block of host code ──> counter (host code) ── known ──> budget -= n ──> the block's instructions
+                               │ first met: Python scans it     └─ none left, or kicked ──> uc_emu_stop
+
+The counter is the hook that unicorn calls as each block begins: a few bytes of host code, since a
+Python function there would cost a hundred times what the block does. It finds the block's instruction
+count in a table by its own return address, which names the block; Python fills the table when a block
+first runs, and has it scanned then.
+
+A stop is always asked for inside a hook, at a block's first instruction: unicorn's stop from outside
+re-executes an instruction that was half done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+from collections.abc import Callable
+
+from hostel.errors import HostError
+from hostel.soft.physical import Span
+
+from . import build
+from .counter import CODE, ENTRIES, Note
+from .env import FEATURES, OLD_EXCEPTION, Env
+
+FOREVER = 1 << 62
+STOPPED, TO_SCAN, FULL = 1, 2, 3
+"""Why the counter stopped: no instructions left or kicked; a block to scan; no room for more blocks."""
+_BUFFER, _FULL = 64 << 20, 48 << 20
+"""Of translated code. Unicorn would start anew by itself when it is full, unseen by the counter's table."""
+
+_HOOK_BLOCK, _HOOK_TLB_FILL = 8, 131072
+_USE_EXITS, _REQUEST, _REMOVE, _FLUSH_BLOCKS, _TLB_TYPE, _BUFFER_SIZE = (
+    4,
+    8,
+    9,
+    10,
+    12,
+    13,
+)
+_TLB_VIRTUAL = 1
+_EPYC_ROME = 37
+_ALL = 7
+_XSAVE, _OSXSAVE, _RDRAND, _RDSEED = 1 << 26, 1 << 27, 1 << 30, 1 << 18
+EXCEPTION, ILLEGAL = 21, 10
+"""What ``uc_emu_start`` returns: UC_ERR_EXCEPTION, UC_ERR_INSN_INVALID (which is #UD)."""
+HALT = 0x1_0001
+
+
+class _Entry(ctypes.Structure):
+    paddr: int
+    perms: int
+    _fields_ = (("paddr", ctypes.c_uint64), ("perms", ctypes.c_int))
+
+
+_MISS = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint64)
+_FILL = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int,
+    ctypes.POINTER(_Entry), ctypes.c_void_p,
+)  # fmt: skip
+_READ = ctypes.CFUNCTYPE(
+    ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_void_p
+)
+_WRITE = ctypes.CFUNCTYPE(
+    None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_uint64, ctypes.c_void_p
+)
+
+
+class Block:
+    """A translated block: what unicorn notes about it, read where it lies."""
+
+    __slots__ = ("address", "count", "flags", "length", "pc", "size")
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+        self.pc = _u64(address + build.TB_PC)
+        self.flags = ctypes.c_uint32.from_address(address + build.TB_FLAGS).value
+        self.size = ctypes.c_uint16.from_address(address + build.TB_SIZE).value
+        self.count = ctypes.c_uint16.from_address(address + build.TB_COUNT).value
+        cflags = ctypes.c_uint32.from_address(address + build.TB_CFLAGS).value
+        self.length = cflags & build.TB_COUNT_MASK
+        """The length that it was cut to, or 0."""
+
+
+class Engine:
+    """``fill`` answers a TLB miss with (frame, rights) or None; ``meet`` is shown each block as it first
+    runs and says whether to stop before it."""
+
+    def __init__(
+        self,
+        fill: Callable[[int, int], tuple[int, int] | None],
+        meet: Callable[[Block], bool],
+    ) -> None:
+        self._lib = build.library()
+        self.handle = build.open_handle(_EPYC_ROME)
+        self._fill, self._meet = fill, meet
+        self.error: BaseException | None = None
+        """A fault of ours inside a hook, where it cannot be raised."""
+        build.control(self.handle, _BUFFER_SIZE, ctypes.c_uint32(_BUFFER))
+        self.cpu = build.find_cpu(self.handle)
+        self.env = Env(self.cpu)
+        self._without_features()
+        build.control(self.handle, _USE_EXITS, ctypes.c_int(1))
+        build.control(self.handle, _TLB_TYPE, ctypes.c_int(_TLB_VIRTUAL))
+        self._make_counter()
+        self._keep: list[object] = []
+        self._hook(_HOOK_TLB_FILL, _FILL(self._on_fill), 0)
+        self._hook(_HOOK_BLOCK, self._code, ctypes.addressof(self.context))
+        self._start = self._lib.uc_emu_start
+        self._exception = ctypes.c_int32.from_address(self.cpu + build.CPU_EXCEPTION)
+        self._next_flags = ctypes.c_int32.from_address(self.cpu + build.CPU_NEXT_FLAGS)
+        self._invalid = ctypes.c_uint64.from_address(self.handle + build.UC_INVALID_ADDRESS)
+        self._first = 0
+
+    def _without_features(self) -> None:
+        """Chance is not deterministic: no RDRAND, no RDSEED."""
+        features = self.env.u32
+        features[FEATURES // 4 + 1] &= ~_RDRAND
+        features[FEATURES // 4 + 2] &= ~_RDSEED
+
+    def _make_counter(self) -> None:
+        self._page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        self._page[: len(CODE)] = CODE
+        self._code = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
+        self._table = (ctypes.c_uint64 * (2 * ENTRIES))()
+        self._miss = _MISS(self._on_miss)
+        self.context = Note(
+            table=ctypes.addressof(self._table),
+            miss=ctypes.cast(self._miss, ctypes.c_void_p).value,
+            stop=ctypes.cast(self._lib.uc_emu_stop, ctypes.c_void_p).value,
+        )
+
+    def _hook(self, kind: int, function: object, data: int) -> None:
+        """Everywhere: a range that begins after its end."""
+        handle, begin, end = ctypes.c_size_t(), ctypes.c_uint64(1), ctypes.c_uint64(0)
+        if isinstance(function, int):
+            function = ctypes.c_void_p(function)
+        self._keep.append(function)
+        add, data_pointer = self._lib.uc_hook_add, ctypes.c_void_p(data)
+        build.check(
+            add(ctypes.c_void_p(self.handle), ctypes.byref(handle), kind, function,
+                data_pointer, begin, end),
+            "a hook",
+        )  # fmt: skip
+
+    # --- Hooks: nothing may be raised out of them ---
+
+    def _on_fill(self, _uc: int, page: int, kind: int, entry: object, _data: int) -> int:
+        try:
+            answer = self._fill(page, kind - 16)
+            if answer is None:
+                return 0
+            slot = entry[0]  # type: ignore[index]
+            slot.paddr, slot.perms = answer
+            return 1
+        except BaseException as error:
+            self.error = error
+            return 0
+
+    def _on_miss(self, _uc: int, pc: int, _size: int, called_from: int) -> None:
+        count = 1
+        try:
+            address = _block_before(called_from, pc)
+            self._first = self._first or address
+            if address - self._first > _FULL:
+                self.context.stopped = FULL
+            block = Block(address)
+            count = block.count
+            if not self.context.stopped and self._meet(block):
+                self.context.stopped = TO_SCAN
+        except BaseException as error:
+            self.error = error
+            self.context.stopped = TO_SCAN
+        if self.context.stopped:
+            self._lib.uc_emu_stop(self.handle)
+            return
+        at = 2 * (called_from >> 4 & ENTRIES - 1)
+        self._table[at], self._table[at + 1] = called_from, count
+
+    # --- Run ---
+
+    def run(self, budget: int, *, cut: bool = False) -> int:
+        """From the loaded state, at most ``budget`` instructions; returns unicorn's error code.
+
+        A block that is longer than what is left does not begin, unless it is ``cut`` to that length.
+        A block cut to one instruction is not scanned: that is how a sensitive one is run as it stands.
+        """
+        context, env = self.context, self.env
+        context.budget, context.stopped, context.count = budget, 0, 0
+        env.i32[OLD_EXCEPTION // 4] = -1
+        if cut:
+            self._next_flags.value = min(budget, build.TB_COUNT_MASK)
+        error: int = self._start(self.handle, env.rip, 0, 0, 0)
+        if self.error is not None:
+            raised, self.error = self.error, None
+            raise raised
+        return error
+
+    @property
+    def exception(self) -> int:
+        return self._exception.value
+
+    @property
+    def fault_address(self) -> int:
+        """The exact address of the access that ``fill`` refused."""
+        return self._invalid.value
+
+    def flush(self, address: int | None = None) -> None:
+        if address is None:
+            self._lib.tlb_flush_x86_64(self.cpu)
+        else:
+            self._lib.tlb_flush_page_x86_64(self.cpu, address)
+
+    def retranslate(self, block: Block) -> int:
+        """Forget the block and translate it from what is in memory now. Returns its address."""
+        pc = ctypes.c_uint64(block.pc)
+        build.control(self.handle, _REMOVE, pc, ctypes.c_uint64(block.pc + 1))
+        room = (ctypes.c_uint64 * 2)()
+        self._next_flags.value = block.length or -1
+        build.control(self.handle, _REQUEST, pc, ctypes.byref(room), reads=True)
+        self._next_flags.value = -1
+        return _u64(self.cpu + build.CPU_BLOCKS + 8 * _hash(block.pc))
+
+    def forget_blocks(self) -> None:
+        build.control(self.handle, _FLUSH_BLOCKS)
+        ctypes.memset(self._table, 0, ctypes.sizeof(self._table))
+        self._first = 0
+
+    def write(self, hpa: int, data: bytes) -> None:
+        """To memory, so that blocks translated from it are dropped."""
+        build.check(self._lib.uc_mem_write(self.handle, hpa, data, len(data)), "a write")
+
+    def map(self, span: Span) -> None:
+        build.check(
+            self._lib.uc_mem_map_ptr(self.handle, span.hpa, span.size, _ALL, span.hva),
+            f"memory at {span.hpa:#x}",
+        )
+
+    def map_io(
+        self,
+        hpa: int,
+        size: int,
+        read: Callable[[int, int], int],
+        write: Callable[[int, int, int], None],
+    ) -> None:
+        """No memory, but answers: ``read(offset, size)`` and ``write(offset, size, value)``."""
+
+        def on_read(_uc: int, offset: int, size: int, _data: int) -> int:
+            try:
+                return read(offset, size)
+            except BaseException as error:
+                self.error = error
+                return 0
+
+        def on_write(_uc: int, offset: int, size: int, value: int, _data: int) -> None:
+            try:
+                write(offset, size, value)
+            except BaseException as error:
+                self.error = error
+
+        functions = _READ(on_read), _WRITE(on_write)
+        self._keep.append(functions)
+        build.check(
+            self._lib.uc_mmio_map(
+                ctypes.c_void_p(self.handle), ctypes.c_uint64(hpa), ctypes.c_uint64(size),
+                functions[0], None, functions[1], None,
+            ),
+            "a window",
+        )  # fmt: skip
+
+    def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        """What this processor can do: EAX, EBX, ECX, EDX."""
+        words = [ctypes.c_uint32() for _ in range(4)]
+        self._lib.cpu_x86_cpuid_x86_64(
+            self.env.address, leaf, subleaf, *(ctypes.addressof(word) for word in words)
+        )
+        eax, ebx, ecx, edx = (word.value for word in words)
+        return eax, ebx, ecx, edx
+
+    def close(self) -> None:
+        if self.handle:
+            with contextlib.suppress(HostError):
+                build.check(self._lib.uc_close(ctypes.c_void_p(self.handle)), "to close")
+            self.handle = 0
+
+
+def _block_before(called_from: int, pc: int) -> int:
+    """The note that stands before the host code which called the counter; both are aligned to 64 bytes."""
+    at = called_from & ~63
+    for address in range(at - 64, at - 64 * 64, -64):
+        code = _u64(address + build.TB_CODE)
+        if _u64(address) == pc and 0 <= code - address <= 256 and code <= called_from:
+            return address
+    raise build.unknown("a block has no note before it")
+
+
+def _hash(pc: int) -> int:
+    """A block's place in the CPU's table of blocks by address."""
+    mixed = pc ^ pc >> 6
+    return mixed >> 6 & 0xFC0 | mixed & 0x3F
+
+
+def _u64(address: int) -> int:
+    return ctypes.c_uint64.from_address(address).value

@@ -1,0 +1,202 @@
+"""The state of unicorn's CPU where it lies: ``CPUX86State``, and its exchange with a ``CpuState``.
+
+::
+
+    0x000 regs[16] │ 0x80 eip │ 0x88 eflags │ cc_* │ 0xac df │ 0xb0 hflags
+    0x0b8 six segments, LDT, TR, GDT, IDT │ 0x1a8 cr[9] │ 0x250 efer
+    0x25c x87, SSE … │ 0x1508 error_code … │ 0x1518 dr[8] │ 0x1578 old_exception
+
+Lazy flags: the arithmetic flags lie in ``cc_*`` as the last operation left them; loading makes them
+explicit, saving asks the library. ``hflags`` repeats what blocks of translated code depend on, and has to
+agree with the rest.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from struct import Struct
+
+from hostel.soft.state import (
+    BLOCKED_BY_MOV_SS,
+    BLOCKED_BY_NMI,
+    BLOCKED_BY_STI,
+    CR0_PE,
+    CR4_OSFXSR,
+    CR4_SMAP,
+    EFER_LMA,
+    RFLAGS_ONE,
+    CpuState,
+    Segment,
+)
+
+from .build import CPU_ENV, library
+
+EIP, EFLAGS, CC, CC_OP, DF, HFLAGS, SEGMENTS = 0x80, 0x88, 0x90, 0xA8, 0xAC, 0xB0, 0xB8
+CR, EFER, FPU, FPU_END, TSC_AUX, XCR0, PKRU = 0x1A8, 0x250, 0x25C, 0x12C0, 0x1320, 0x1328, 0x14B8
+ERROR_CODE, IS_INT, DR, OLD_EXCEPTION, FEATURES, SIZE = (
+    0x1508,
+    0x150C,
+    0x1518,
+    0x1578,
+    0x1600,
+    0x1B60,
+)
+_CC_EXPLICIT = 1
+_ARITHMETIC = 0x8D5
+_LAZY = _ARITHMETIC | 0x400  # and DF, which has a word of its own
+
+HF_CPL, HF_INHIBIT, HF_CS32, HF_SS32, HF_ADDSEG, HF_PE = 3, 8, 0x10, 0x20, 0x40, 0x80
+HF_TS_SHIFT, HF_LMA, HF_CS64, HF_OSFXSR, HF_SMAP = 9, 1 << 14, 1 << 15, 1 << 22, 1 << 23
+
+_GPR = Struct("<16Q")
+_HEAD = Struct("<QQQQQIiI")  # eip, eflags, cc_dst, cc_src, cc_src2, cc_op, df, hflags
+_SEGMENTS = Struct("<" + "I4xQII" * 10)
+_SEGMENTS_END = SEGMENTS + _SEGMENTS.size
+_RIGHTS = 0xF0FF
+_PRESENT, _UNUSABLE = 0x80, 0x1_0000
+_DB, _LONG = 1 << 14, 1 << 13
+
+
+class Env:
+    """A view of the live state of one instance."""
+
+    def __init__(self, cpu: int) -> None:
+        self.address = cpu + CPU_ENV
+        raw = memoryview((ctypes.c_uint8 * SIZE).from_address(self.address)).cast("B")
+        self.bytes = raw
+        self.u64 = raw.cast("Q")
+        self.u32 = raw.cast("I")
+        self.i32 = raw.cast("i")
+        self._flags: Callable[[int], int] = library().helper_read_eflags_x86_64
+        self._segments = b""
+
+    @property
+    def rip(self) -> int:
+        return self.u64[EIP // 8]
+
+    @property
+    def hflags(self) -> int:
+        return self.u32[HFLAGS // 4]
+
+    @property
+    def cpl(self) -> int:
+        return self.u32[HFLAGS // 4] & HF_CPL
+
+    @property
+    def linear_rip(self) -> int:
+        """CS.base + RIP: 0-based in 64-bit mode, 32 bits wide elsewhere."""
+        linear = self.u64[(SEGMENTS + 32) // 8] + self.u64[EIP // 8]
+        return linear & (2**64 - 1 if self.u32[HFLAGS // 4] & HF_CS64 else 0xFFFF_FFFF)
+
+    @property
+    def bits(self) -> int:
+        return bits_of(self.u32[HFLAGS // 4])
+
+    @property
+    def rflags(self) -> int:
+        """All of RFLAGS, the lazy ones too."""
+        return self._flags(self.address) | RFLAGS_ONE
+
+    @property
+    def error_code(self) -> int:
+        return self.u32[ERROR_CODE // 4]
+
+    # --- Exchange ---
+
+    def load(self, state: CpuState) -> None:
+        raw, flags = self.bytes, state.rflags
+        _GPR.pack_into(raw, 0, *state.gpr)
+        _HEAD.pack_into(
+            raw,
+            EIP,
+            state.rip,
+            flags & ~_LAZY | RFLAGS_ONE,
+            0,
+            flags & _ARITHMETIC,
+            0,
+            _CC_EXPLICIT,
+            -1 if flags & 0x400 else 1,
+            hflags_of(state),
+        )
+        self._load_segments(state)
+        u64 = self.u64
+        u64[CR // 8], u64[CR // 8 + 3], u64[CR // 8 + 4] = state.cr0, state.cr3, state.cr4
+        u64[EFER // 8], u64[XCR0 // 8] = state.efer, state.xcr0
+        u64[DR // 8 + 6], u64[DR // 8 + 7] = state.dr6, 0x400  # breakpoints are not armed
+
+    def _load_segments(self, state: CpuState) -> None:
+        fields: list[int] = []
+        for segment in _registers(state):
+            rights = segment.rights
+            shown = 0 if rights & _UNUSABLE else rights & _RIGHTS
+            if rights & _UNUSABLE:
+                shown = rights & 0x60  # the DPL of an unusable SS is the CPL
+            fields += (segment.selector, segment.base, segment.limit, shown << 8)
+        gdtr, idtr = state.gdtr, state.idtr
+        fields += (0, gdtr.base, gdtr.limit, 0, 0, idtr.base, idtr.limit, 0)
+        _SEGMENTS.pack_into(self.bytes, SEGMENTS, *fields)
+        self._segments = bytes(self.bytes[SEGMENTS:_SEGMENTS_END])
+
+    def save(self, state: CpuState) -> None:
+        """What the guest may have changed by itself. Control registers and MSRs it cannot: we do that."""
+        raw, u64 = self.bytes, self.u64
+        state.gpr[:] = _GPR.unpack_from(raw, 0)
+        state.rip = u64[EIP // 8]
+        state.rflags = self._flags(self.address) | RFLAGS_ONE
+        if raw[SEGMENTS:_SEGMENTS_END] != self._segments:
+            self._save_segments(state)
+        inhibited = self.u32[HFLAGS // 4] & HF_INHIBIT
+        blocked = state.interruptibility
+        if not inhibited:
+            blocked &= BLOCKED_BY_NMI
+        elif not blocked & BLOCKED_BY_STI:
+            blocked |= BLOCKED_BY_MOV_SS
+        state.interruptibility = blocked
+
+    def _save_segments(self, state: CpuState) -> None:
+        self._segments = bytes(self.bytes[SEGMENTS:_SEGMENTS_END])
+        fields = _SEGMENTS.unpack(self._segments)
+        for at, segment in enumerate(_registers(state)):
+            segment.selector, segment.base, segment.limit, shown = fields[4 * at : 4 * at + 4]
+            rights = shown >> 8 & _RIGHTS
+            segment.rights = rights if rights & _PRESENT else rights & 0x60 | _UNUSABLE
+        state.gdtr.base, state.gdtr.limit = fields[33], fields[34]
+        state.idtr.base, state.idtr.limit = fields[37], fields[38]
+
+
+def _registers(state: CpuState) -> tuple[Segment, ...]:
+    return (
+        state.es, state.cs, state.ss, state.ds, state.fs, state.gs, state.ldtr, state.tr,
+    )  # fmt: skip
+
+
+def hflags_of(state: CpuState) -> int:
+    """What translated code depends on."""
+    cs, ss = state.cs.rights, state.ss.rights
+    value = (state.cr0 >> 1 & 7) << HF_TS_SHIFT
+    if state.cr0 & CR0_PE:
+        value |= HF_PE | ss >> 5 & 3
+    if state.efer & EFER_LMA:
+        value |= HF_LMA
+    if value & HF_LMA and cs & _LONG:
+        value |= HF_CS64 | HF_CS32 | HF_SS32
+    else:
+        value |= (HF_CS32 if cs & _DB else 0) | (HF_SS32 if ss & _DB else 0)
+        based = state.ds.base | state.es.base | state.ss.base
+        if not value & HF_PE or not value & HF_CS32 or based:
+            value |= HF_ADDSEG
+    if state.cr4 & CR4_OSFXSR:
+        value |= HF_OSFXSR
+    if state.cr4 & CR4_SMAP:
+        value |= HF_SMAP
+    if state.interruptibility & (BLOCKED_BY_STI | BLOCKED_BY_MOV_SS):
+        value |= HF_INHIBIT
+    return value
+
+
+def bits_of(hflags: int) -> int:
+    """How the processor reads instructions."""
+    if hflags & HF_CS64:
+        return 64
+    return 32 if hflags & HF_CS32 else 16
