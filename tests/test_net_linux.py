@@ -135,12 +135,11 @@ def test_the_filters_follow_the_driver(lab: Lab) -> None:
 
 
 def test_the_cable_is_pulled(lab: Lab) -> None:
-    device = next(one for one in _devices(lab) if isinstance(one, Net))
-    device.set_link(False)
+    lab.machine.set_link(up=False)
     lab.sh(UNTIL_CARRIER % 0)
-    device.set_link(True)
+    lab.machine.set_link(up=True)
     lab.sh(UNTIL_CARRIER % 1)
-    device.announce()
+    lab.machine.announce()
     assert " 0% packet loss" in lab.sh(f"ping -c 2 -i 0.2 {HOST_IP}")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -32,6 +33,9 @@ pytestmark = [
 MAC = "52:54:00:12:34:56"
 MEMORY = 256 << 20
 Vm = hostel.Machine
+ARP = bytes.fromhex("0806")
+ETH_P_ALL = 3
+"""Of those who ask for one protocol a bridge's port shows nothing: the bridge takes it before."""
 
 ECHO = """
 import socketserver, sys
@@ -152,6 +156,33 @@ def test_published_ports(machines: tuple[Vm, Vm], places: tuple[Namespace, Names
     for server in servers:
         server.signal(9)
         server.wait(30)
+
+
+def test_the_cable_is_pulled_and_the_machine_announces_itself(
+    machines: tuple[Vm, Vm], places: tuple[Namespace, Namespace]
+) -> None:
+    alpha = machines[0]
+    carrier = "[ $(cat /sys/class/net/eth0/carrier) = %d ]"
+    until = f"for i in $(seq 200); do {carrier} && exit; sleep 0.1; done; false"
+    with places[0].inside(), arp_listener(alpha.plan.nics[0].target) as wire:
+        for up in (False, True):
+            alpha.set_link(up=up)
+            output(alpha, "sh", "-c", until % up)
+        alpha.announce()
+        heard = bytes.fromhex(MAC.replace(":", ""))
+        frame = b""
+        while frame[6:14] != heard + ARP or frame[28:32] != frame[38:42]:
+            frame = wire.recv(100)  # its timeout ends a vain wait
+    with pytest.raises(hostel.SpecError, match="no NIC 1"):
+        alpha.set_link(1, up=False)
+
+
+def arp_listener(interface: str) -> socket.socket:
+    """On the machine's own tap: no gratuitous ARP passes our bridge, whose host answers for all."""
+    made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
+    made.bind((interface, ETH_P_ALL))
+    made.settimeout(20)
+    return made
 
 
 def test_network_survives_a_reboot(machines: tuple[Vm, Vm]) -> None:

@@ -35,6 +35,7 @@ from .errors import (
     HostelError,
     MachineStopped,
     MachineTimeout,
+    SpecError,
     UserError,
 )
 from .plan import CONSOLE_LINES, ENDED, Balloon, Ending, Engine, Plan, explain_ending
@@ -301,6 +302,20 @@ class Machine:
         self.wait_ready()
         assert self._engine is not None
         return self._engine.balloon(target)
+
+    def set_link(self, nic: int = 0, *, up: bool) -> None:
+        """Plug the cable of NIC ``nic`` of the spec in, or pull it: the guest sees its carrier come or go."""
+        if not 0 <= nic < len(self.spec.nics):
+            raise SpecError(f"the machine has no NIC {nic}")
+        self._running()
+        assert self._engine is not None
+        self._engine.set_link(nic, up)
+
+    def announce(self) -> None:
+        """Have the guest tell its networks where it is now (gratuitous ARP), once it has moved on them."""
+        self._running()
+        assert self._engine is not None
+        self._engine.announce()
 
     def vsock_connect(self, port: int) -> socket.socket:
         """A stream to the program that listens on vsock ``port`` of the guest."""

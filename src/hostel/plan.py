@@ -170,6 +170,12 @@ class Engine(Protocol):
     def statistics(self) -> dict[str, Any]:
         """A snapshot of counters."""
 
+    def set_link(self, nic: int, up: bool) -> None:
+        """The carrier of NIC ``nic``, by its place in the plan."""
+
+    def announce(self) -> None:
+        """Have the guest tell its networks where it is, as far as its drivers can."""
+
     def balloon(self, target: int | None = None) -> Balloon:
         """How large the guest is; after ``target`` bytes were asked for, if they are given. The plan has
         a balloon."""

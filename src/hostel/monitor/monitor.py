@@ -126,6 +126,23 @@ class Monitor:
             raise MachineStopped("the machine does not run")
         board.resize_disk(index, size)
 
+    def set_link(self, nic: int, up: bool) -> None:
+        self._nic(f"net{nic}").set_link(up)
+
+    def announce(self) -> None:
+        for index, nic in enumerate(self.plan.nics):
+            if nic.model == "virtio":
+                self._nic(f"net{index}").announce()
+
+    def _nic(self, name: str) -> Any:
+        with self._lock:
+            board = self._board if self._report is None else None
+        devices: list[Named] = [*board.virtio, *board.cards] if board else []
+        for device in devices:
+            if device.name == name:
+                return device
+        raise MachineStopped("the machine does not run")
+
     def statistics(self) -> dict[str, Any]:
         """Counters of the present power-on; the last ones when it has ended."""
         with self._lock:

@@ -128,9 +128,20 @@ class QemuEngine:
         self._settled.wait()
 
     def resize_disk(self, index: int, size: int) -> None:
+        self._running_control().execute(
+            "block_resize", **{"node-name": f"disk{index}", "size": size}
+        )
+
+    def _running_control(self) -> Control:
         if self._helper is None:
             raise MachineStopped("the machine does not run")
-        self._control.execute("block_resize", **{"node-name": f"disk{index}", "size": size})
+        return self._control
+
+    def set_link(self, nic: int, up: bool) -> None:
+        self._running_control().execute("set_link", name=f"net{nic}", up=up)
+
+    def announce(self) -> None:
+        self._running_control().execute("announce-self", initial=50, max=100, rounds=2, step=50)
 
     def statistics(self) -> dict[str, Any]:
         """What the host says of the QEMU process."""
