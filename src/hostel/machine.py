@@ -220,9 +220,7 @@ class Machine:
         from . import disks
 
         with self._lock:
-            self._running()
-            assert self._engine is not None
-            disks.resize(self.plan, self._engine, self._daemons, index, size)
+            disks.resize(self.plan, self._driven(), self._daemons, index, size)
 
     # -- commands --------------------------------------------------------------------------------
 
@@ -300,22 +298,17 @@ class Machine:
         that much; it does so in its own time, and not where it cannot."""
         target = check_target(self.spec, size)
         self.wait_ready()
-        assert self._engine is not None
-        return self._engine.balloon(target)
+        return self._driven().balloon(target)
 
     def set_link(self, nic: int = 0, *, up: bool) -> None:
         """Plug the cable of NIC ``nic`` of the spec in, or pull it: the guest sees its carrier come or go."""
         if not 0 <= nic < len(self.spec.nics):
             raise SpecError(f"the machine has no NIC {nic}")
-        self._running()
-        assert self._engine is not None
-        self._engine.set_link(nic, up)
+        self._driven().set_link(nic, up)
 
     def announce(self) -> None:
         """Have the guest tell its networks where it is now (gratuitous ARP), once it has moved on them."""
-        self._running()
-        assert self._engine is not None
-        self._engine.announce()
+        self._driven().announce()
 
     def vsock_connect(self, port: int) -> socket.socket:
         """A stream to the program that listens on vsock ``port`` of the guest."""
@@ -377,6 +370,11 @@ class Machine:
         if self._client is None or self._prepared is None:
             raise MachineStopped("the machine has not been started")
         return self._client, self._prepared
+
+    def _driven(self) -> Engine:
+        self._running()
+        assert self._engine is not None
+        return self._engine
 
     def _explain(self, engine: Engine, error: HostelError) -> HostelError:
         """Why the agent's stream ended, if the engine knows. Called on the reader's thread."""
