@@ -7,6 +7,7 @@
         vmlinux/                unpacked kernels             boot/decompress.py
         initramfs/              boot/initramfs.py
         agent/                  compiled programs            guest/build.py, host/preload.py
+        mini/                   assembled mini guests        soft/mini/build.py
 
 Everything here may be deleted at any time. A file appears whole or not at all (``store``), so any number
 of hostels may share it.

@@ -45,6 +45,8 @@ class Outcome(msgspec.Struct, frozen=True):
     ends: str
     console: str
     results: mini.Results
+    writes: tuple[tuple[int, bytes], ...] = ()
+    """To what is no memory: address and bytes, in their order."""
 
 
 @contextmanager
@@ -73,6 +75,7 @@ class _Run:
     def __init__(self, vcpus: list[Vcpu]) -> None:
         self.vcpus = vcpus
         self.said = bytearray()
+        self.writes: list[tuple[int, bytes]] = []
         self.ends = ""
         self.done = threading.Event()
 
@@ -93,7 +96,9 @@ class _Run:
                 return "shutdown"
             case MmioExit(is_write=False):
                 exit.data[:] = b"\xff" * len(exit.data)
-            case MmioExit() | Interrupted():
+            case MmioExit():
+                self.writes.append((exit.address, bytes(exit.data)))
+            case Interrupted():
                 pass
             case _:
                 return f"{exit}"
@@ -131,7 +136,8 @@ def play(machine: Machine, name: str, **parameters: int) -> Outcome:
             entry.apply(vcpus[0])
             run = _Run(vcpus)
             run.until_end()
-        return Outcome(run.ends, run.said.decode("latin-1"), mini.results(memory))
+        said, writes = run.said.decode("latin-1"), tuple(run.writes)
+        return Outcome(run.ends, said, mini.results(memory), writes)
 
 
 def on_qemu(name: str, **parameters: int) -> str:

@@ -7,14 +7,19 @@ from pathlib import Path
 import pytest
 
 from hostel.errors import MissingTool, SpecError
+from hostel.monitor import Monitor
+from hostel.plan import Ending, Plan
 from hostel.soft import mini
 from hostel.soft.mini import build
-from soft.mini_rig import IN_TESTBED, INTERPRETED, on_kvm, on_qemu, play
+from hostel.soft.mini.__main__ import main
+from hostel.spec import MachineSpec
+from soft.mini_rig import IN_TESTBED, INTERPRETED, PATIENCE, on_kvm, on_qemu, play
 
 NOT_ON_PVM = {
     "software": "its emulator of ring 0 knows INT n in real mode only",
     "syscall": "SYSCALL leaves ring 3 by its rip only: a page fault at LSTAR, as of ring 3; INT n is #UD",
     "huge": "no pages of 1 GiB: the bit is reserved",
+    "fpu": "CR0.TS does not stop ring 3",
     "flat": "no exception is delivered in 32-bit mode: its emulator gives up",
     "paged": "paging outside long mode: MOV CR0 is #GP",
     "pae": "paging outside long mode: MOV CR0 is #GP",
@@ -25,6 +30,7 @@ NOT_ON_PVM = {
 EMULATED = "the testbed's processor is emulated by QEMU, which "
 NOT_IN_TESTBED = {
     "faults": EMULATED + "has #GP for #SS at an address that is not canonical",
+    "msrs": EMULATED + "takes any address for LSTAR",
     "large": EMULATED + "leaves out P in the error code of a reserved bit",
     "huge": EMULATED + "leaves out P in the error code of a reserved bit",
     "guards": EMULATED + "leaves out P in the error code of a reserved bit",
@@ -46,6 +52,20 @@ def test_it_says_on_kvm_what_the_table_says(name: str) -> None:
     outcome = play(on_kvm, name)
     assert outcome.console == mini.guest(name).console
     assert outcome.ends == mini.guest(name).ends
+
+
+@pytest.mark.kvm
+def test_what_reaches_a_device() -> None:
+    """The writes of ``mmio.s``, as its instructions say them; reads give ones."""
+    low = [
+        *((0, "88"), (2, "7788"), (4, "55667788"), (8, "1122334455667788")),
+        *((16, "5a"), (18, "5a5a"), (20, "12345678"), (24, "fffffffffffffffe")),
+        *((32, "00000004"), (36, "0000f0f0"), (40, "00000005")),
+        *((64, "abcd0123"), (68, "abcd0123"), (72, "abcd0123")),
+    ]
+    expected = [(0x6000_0000 + at, bytes.fromhex(digits)[::-1]) for at, digits in low]
+    expected += [(0x6000_0080, b"sixteen "), (0x6000_0088, b"bytes it")]
+    assert list(play(on_kvm, "mmio").writes) == expected
 
 
 @pytest.mark.qemu
@@ -85,6 +105,61 @@ def test_wrong_names_are_told() -> None:
         mini.image("helo")
     with pytest.raises(SpecError, match="hello has no parameter 'pages'; one of: none"):
         mini.image("hello", pages=3)
+    with pytest.raises(SpecError, match="pages of mini guest churn is 1 to 12000, not 0"):
+        mini.image("churn", pages=0)
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(
+    ("name", "parameters", "said"),
+    [
+        ("switch", {"kernel_global": 1}, "total=1130"),
+        ("timer", {"x2apic": 0}, "ticks=5"),
+        ("ipi", {"x2apic": 0, "rounds": 3}, "pongs=3"),
+        ("migrate", {"cpus": 3, "yields": 5}, "last ran on=12012"),
+        ("memory", {"kib": 128}, "left="),
+        ("fork", {"pages": 4, "copies": 1}, "pages copied=2"),
+    ],
+)
+def test_parameters(name: str, parameters: dict[str, int], said: str) -> None:
+    outcome = play(on_kvm, name, **parameters)
+    assert outcome.ends == "exit"
+    assert said in outcome.console
+
+
+@pytest.mark.kvm
+def test_results_are_what_was_said() -> None:
+    results = play(on_kvm, "memory").results
+    assert results.values == (0x5B183C9A2E8247A9, 0xEB8BB35604C6140)
+    assert len(results.data) == 64 << 10
+    assert play(on_kvm, "sector").results == mini.Results((), b"")
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("name", ["hello", "pit", "migrate", "modes"])
+def test_on_the_monitor(name: str, tmp_path: Path) -> None:
+    """The whole machine of engine kvm around it: its bus, its irqchip, its own debug ports."""
+    guest = mini.guest(name)
+    spec = MachineSpec(memory=guest.memory, cpus=guest.cpus, on_reboot="stop")
+    monitor = Monitor(Plan(
+        spec=spec, engine="kvm", reason="a test", kernel=mini.image(name), release="", initrd=None,
+        cmdline="", disks=(), shares=(), runtime=tmp_path, agent=False,
+    ))  # fmt: skip
+    try:
+        monitor.start()
+        assert monitor.wait(PATIENCE) == Ending("debug-exit", code=1)
+        assert monitor.console.history().decode() == guest.console
+    finally:
+        monitor.stop()
+
+
+def test_the_list_and_an_image_by_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "churn      map, use, unmap  (pages=16 rounds=4)" in capsys.readouterr().out
+    assert main(["churn", "pages=0x10"]) == 0
+    assert Path(capsys.readouterr().out.strip()) == mini.image("churn")
+    assert main(["churn", "pages=many"]) == 1
+    assert "'pages=many' is no parameter; write NAME=NUMBER" in capsys.readouterr().err
 
 
 def test_without_an_assembler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ one hypervisor is tested by another. Sizes are parameters: small for a test, lar
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -26,6 +25,7 @@ from .build import built
 from .guests import (
     GUESTS,
     LOAD_ADDRESS,
+    MOST,
     RESULT_MAGIC,
     RESULT_PAGE,
     SECTOR_ADDRESS,
@@ -69,17 +69,21 @@ def guest(name: str) -> Guest:
 def image(name: str, **parameters: int) -> Path:
     """The file, built if need be. Parameters that are not given are those of the table."""
     entry = guest(name)
-    _check_names(name, parameters, entry.parameters)
+    for parameter, value in parameters.items():
+        _check(entry, parameter, value)
     return built(name, entry.mode, entry.parameters | parameters)
 
 
-def _check_names(name: str, given: Iterable[str], known: Iterable[str]) -> None:
-    for parameter in given:
-        if parameter not in known:
-            raise SpecError(
-                f"mini guest {name} has no parameter {parameter!r}",
-                cure=f"one of: {', '.join(known) or 'none'}",
-            )
+def _check(entry: Guest, parameter: str, value: int) -> None:
+    if parameter not in entry.parameters:
+        raise SpecError(
+            f"mini guest {entry.name} has no parameter {parameter!r}",
+            cure=f"one of: {', '.join(entry.parameters) or 'none'}",
+        )
+    most = entry.most.get(parameter, MOST)
+    least = 0 if most == 1 else 1
+    if not least <= value <= most:
+        raise SpecError(f"{parameter} of mini guest {entry.name} is {least} to {most}, not {value}")
 
 
 def results(memory: Memory) -> Results:
