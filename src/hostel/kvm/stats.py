@@ -4,7 +4,7 @@
 
     header | id | descriptors: flags, exponent, size, offset, name | data: u64 each
 
-The descriptors never change, so they are read once; then one ``pread`` gets all values.
+The descriptors never change, so they are read once, by who first asks; then one ``pread`` gets all values.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ class Stats:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        header = abi.StatsHeader.from_buffer_copy(self._read(sizeof(abi.StatsHeader), 0))
-        self._data_offset: int = header.data_offset
-        self._fields = self._read_descriptors(header)
-        self._data_size = max((offset + 8 * size for _, size, offset in self._fields), default=0)
+        self._data_offset = 0
+        self._fields: list[tuple[str, int, int]] = []
 
     def read(self) -> dict[str, Value]:
         """All values now: a number, or a list for a histogram or an array."""
-        words = memoryview(self._read(self._data_size, self._data_offset)).cast("Q")
+        if not self._fields:
+            header = abi.StatsHeader.from_buffer_copy(self._read(sizeof(abi.StatsHeader), 0))
+            self._data_offset = header.data_offset
+            self._fields = self._read_descriptors(header)
+        end = max((offset + 8 * size for _, size, offset in self._fields), default=0)
+        words = memoryview(self._read(end, self._data_offset)).cast("Q")
         return {
             name: words[offset // 8] if size == 1 else list(words[offset // 8 : offset // 8 + size])
             for name, size, offset in self._fields

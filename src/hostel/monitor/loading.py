@@ -21,11 +21,15 @@ if TYPE_CHECKING:
 
 
 class Loading:
-    """Guest memory with a kernel. The memory is whose ``entry`` it is; ``cancel`` gives it back."""
+    """Guest memory with a kernel. From ``entry`` on it is the caller's, who gives it back by ``cancel``.
+
+    A context manager: its end gives back what nobody has entered.
+    """
 
     def __init__(self, plan: Plan) -> None:
         spec = plan.spec
         self._error: BaseException | None = None
+        self._entered = False
         self._undo = ExitStack()
         try:
             memory = GuestMemory(spec.memory, hugepages=spec.hugepages)
@@ -51,12 +55,20 @@ class Loading:
         if self._error is not None:
             raise self._error
         self._load.close()
+        self._entered = True
         return entry
 
     def cancel(self) -> None:
         """Idempotent."""
         self._thread.join()
         self._undo.close()
+
+    def __enter__(self) -> Loading:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._entered:
+            self.cancel()
 
     def _copy(self) -> None:
         try:

@@ -88,8 +88,9 @@ class Monitor:
                 raise MachineStopped("this machine has been stopped")
             try:
                 check_pins(self.plan.spec.pin)
-                self._open()
-                self._power_on()
+                with Loading(self.plan) as loading:  # before all else: it takes the longest
+                    self._open()
+                    self._power_on(loading)
             except BaseException as error:
                 self._finish(Ending("error", str(error)))
                 raise
@@ -226,10 +227,10 @@ class Monitor:
         if (board := self._board) is not None:
             board.poll_input()
 
-    def _power_on(self) -> bool:
+    def _power_on(self, loading: Loading) -> bool:
         """Whether the machine is on: not if it is being stopped."""
         end = self._guest_end
-        board = self._make_board(None if end is None else end.fileno())
+        board = self._make_board(loading, None if end is None else end.fileno())
         self._panic.power_on()
         with self._lock:
             stopping = self._stopping
@@ -243,16 +244,11 @@ class Monitor:
             self._seat(board)
         return not stopping
 
-    def _make_board(self, agent_fd: int | None) -> Board:
+    def _make_board(self, loading: Loading, agent_fd: int | None) -> Board:
         """The kernel is on its way into memory while Python imports what makes the rest."""
-        loading = Loading(self.plan)
-        try:
-            from .board import Board
+        from .board import Board
 
-            return Board(self.plan, loading, self._loop, self.console, self, agent_fd=agent_fd)
-        except BaseException:
-            loading.cancel()
-            raise
+        return Board(self.plan, loading, self._loop, self.console, self, agent_fd=agent_fd)
 
     def _seat(self, board: Board) -> None:
         """The guest runs already. If it has ended meanwhile, that is what counts."""
@@ -286,8 +282,9 @@ class Monitor:
             ending = self._power_off()
             if ending.kind == "reset" and self.plan.spec.on_reboot == "restart":
                 self.restarts += 1
-                if self._power_on():
-                    return  # to its own ending, of which there may be word by now
+                with Loading(self.plan) as loading:
+                    if self._power_on(loading):
+                        return  # to its own ending, of which there may be word by now
                 ending = Ending("stopped")
         except HostelError as error:
             ending = Ending("error", str(error))

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -23,6 +22,8 @@ from hostel.plan import Interface, Plan
 from hostel.vmm import layout
 
 if TYPE_CHECKING:
+    import socket
+
     from hostel.virtio.device import VirtioDevice
     from hostel.virtio.net_plane import NetPlane
     from hostel.virtio.net_port import NetPort
@@ -120,6 +121,8 @@ def open_ports(nic: Interface) -> Sequence[NetPort]:
 
 
 def _connect(path: str) -> socket.socket:
+    import socket
+
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.connect(path)
