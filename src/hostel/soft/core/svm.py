@@ -1,0 +1,428 @@
+"""The core by intercept: guest code runs at full speed on unicorn's SVM, and stops where SVM stops it.
+
+::
+
+    enter ── load state, intercepts ──> run ──> #VMEXIT ──> svm_exits ──┬─> VmExit: save state
+                                         ^                              │
+                                         └── carried out, or injected ──┘
+
+The world switch of VMRUN and #VMEXIT is done here, in Python, on the live registers: unicorn's own flushes
+its TLB on the way in and on the way out. All that happens between is its C code: intercept checks, the
+guest's own exceptions through its own IDT, and nested paging.
+
+With EPT on the core walks an NPT of its own, made from the EPT (``npt.py``); with EPT off, the tables
+that CR3 points at in host-physical memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+
+from hostel.errors import MemoryFault
+from hostel.soft.paging.nested import FINAL, LINEAR_VALID, EptMemory, EptWalker
+from hostel.soft.paging.walk import Asked, asked, walk
+from hostel.soft.physical import PAGE, PhysicalMemory, Span
+from hostel.soft.silicon import (
+    Access,
+    Controls,
+    CoreStatistics,
+    EptFault,
+    Event,
+    EventType,
+    PageFault,
+    Pin,
+    Primary,
+    Reason,
+    Secondary,
+    VmExit,
+)
+from hostel.soft.state import (
+    ACTIVE,
+    BLOCKED_BY_NMI,
+    HALTED,
+    RFLAGS_IF,
+    CpuState,
+)
+
+from . import vmcb
+from .npt import NestedTables
+from .svm_decode import Fetcher
+from .svm_env import Environment, translation_key
+from .svm_exits import GP, HANDLERS, UD, Exit
+from .svm_host import REQUEST_EVENT, REQUEST_WINDOW, Processor
+from .svm_registers import GeneralProtection, syscall, sysenter
+from .vmcb import Vmcb
+
+_OWN_HPA = (1 << 40) - (64 << 20)
+"""Where the core sees memory of its own: below MAXPHYADDR, above everything that PhysicalMemory gives."""
+_OWN_PAGES = 1024
+_MSRPM_PAGES = 2
+_FOREVER = 1 << 62
+_EXTERNAL, _TIMER = int(Pin.EXTERNAL_INTERRUPT), int(Pin.PREEMPTION_TIMER)
+_WINDOW, _NMI_WINDOW, _HLT = (
+    int(Primary.INTERRUPT_WINDOW),
+    int(Primary.NMI_WINDOW),
+    int(Primary.HLT),
+)
+_EPT = int(Secondary.EPT)
+_WITHOUT_INSTRUCTION = {
+    vmcb.SHUTDOWN: Reason.TRIPLE_FAULT,
+    vmcb.VINTR: Reason.INTERRUPT_WINDOW,
+}
+_CONTRIBUTORY = frozenset((0, 10, 11, 12, 13))
+
+
+class SvmCore:
+    """Implements ``silicon.Core``."""
+
+    def __init__(self, physical: PhysicalMemory) -> None:
+        self._physical = physical
+        self._processor = Processor()
+        self.statistics = CoreStatistics()
+        self._own = mmap.mmap(-1, _OWN_PAGES * PAGE)
+        memory = memoryview(self._own)
+        self._processor.map(Span(_OWN_HPA, len(self._own), _address(self._own)))
+        for span in physical.spans:
+            self._processor.map(span)
+        physical.on_span.append(self._processor.map)
+        self._processor.prepare()
+        self._block = self._processor.block
+        self._environment = Environment(self._processor)
+        first = 1 + _MSRPM_PAGES
+        memory[PAGE : first * PAGE] = b"\xff" * (_MSRPM_PAGES * PAGE)
+        self._vmcb = Vmcb(memory[:PAGE], _OWN_HPA, self._processor.env, _OWN_HPA + PAGE)
+        self._nested = NestedTables(memory[first * PAGE :], _OWN_HPA + first * PAGE)
+        self._fetcher = Fetcher(self._processor.cpu, self._walk_code)
+        self._key: tuple[object, ...] = ()
+        self._state = CpuState()
+        self._controls = Controls()
+        self._kicked = threading.Event()
+        self._injected: Event | None = None
+        self._events = self._start = 0
+
+    # --- The contract ---
+
+    def enter(self, state: CpuState, controls: Controls, event: Event | None = None) -> VmExit:
+        self._state, self._controls = state, controls
+        self._block.budget = self._start = controls.timer if controls.pin & _TIMER else _FOREVER
+        before = self._block.events
+        try:
+            return self._until_exit(event)
+        finally:
+            self.statistics.instructions += self._start - self._block.budget
+            self.statistics.events_delivered += self._block.events - before
+
+    def interrupt(self) -> None:
+        self._kicked.set()
+        self._block.kick = 1
+
+    def flush(self, address: int | None = None) -> None:
+        self.statistics.flushes += 1
+        self._processor.flush(address)
+        if address is None:
+            self._nested.clear()
+
+    def forget_code(self) -> None:
+        """Code was written by somebody else than the guest, through the host's view of its memory."""
+        self._processor.forget_code()
+
+    def save_fpu(self) -> bytes:
+        return self._environment.fpu()
+
+    def load_fpu(self, data: bytes) -> None:
+        self._environment.set_fpu(data)
+
+    def close(self) -> None:
+        if self._processor.map in self._physical.on_span:
+            self._physical.on_span.remove(self._processor.map)
+        self._processor.close()
+
+    # --- The loop ---
+
+    def _until_exit(self, event: Event | None) -> VmExit:
+        while True:
+            exit = self._before(event)
+            if exit is not None:
+                return exit
+            self._load(event)
+            self._processor.run(self._state.rip)
+            self._environment.save(self._state)
+            exit, event = self._after()
+            if exit is not None:
+                return exit
+
+    def _before(self, event: Event | None) -> VmExit | None:
+        """What exits before the first instruction (SDM vol. 3C §26.7)."""
+        state, controls = self._state, self._controls
+        if event is not None:
+            state.activity = ACTIVE
+            return None
+        if controls.pin & _EXTERNAL and self._kicked.is_set():
+            return self._interrupted()
+        opened = state.rflags & RFLAGS_IF and not state.interruptibility & 3
+        if controls.primary & _WINDOW and opened:
+            state.activity = ACTIVE
+            return VmExit(Reason.INTERRUPT_WINDOW)
+        unblocked = not state.interruptibility & BLOCKED_BY_NMI
+        if controls.primary & _NMI_WINDOW and unblocked:
+            state.activity = ACTIVE
+            return VmExit(Reason.NMI_WINDOW)
+        if controls.pin & _TIMER and self._block.budget <= 0:
+            return VmExit(Reason.PREEMPTION_TIMER)
+        return self._halted() if state.activity == HALTED else None
+
+    def _halted(self) -> VmExit:
+        """Nothing more will happen in the guest: its timer runs out, or somebody interrupts."""
+        if self._controls.pin & _TIMER:
+            self._block.budget = 0
+            return VmExit(Reason.PREEMPTION_TIMER)
+        self._kicked.wait()
+        return self._interrupted()
+
+    def _interrupted(self) -> VmExit:
+        self._kicked.clear()
+        self._block.kick = 0
+        return VmExit(Reason.EXTERNAL_INTERRUPT)
+
+    def _load(self, event: Event | None) -> None:
+        state, controls = self._state, self._controls
+        nested = self._nested.root if controls.secondary & _EPT else 0
+        key = (*translation_key(state), controls.ept_pointer if nested else 0)
+        if key != self._key:
+            if key[-1] != (self._key[-1] if self._key else 0):
+                self._nested.clear()
+            self._processor.flush()
+        self._environment.load(state, bool(nested))
+        self._vmcb.write(controls, state, nested)
+        self._injected, self._events = event, self._block.events
+        request = REQUEST_WINDOW if controls.primary & _WINDOW else 0
+        if event is not None:
+            self._inject(event)
+            request |= REQUEST_EVENT
+        self._processor.request.value = request
+
+    def _inject(self, event: Event) -> None:
+        """EVENTINJ: our stub takes it, before the first instruction."""
+        block, soft = self._block, event.type >= EventType.SOFTWARE_INTERRUPT
+        block.vector = event.vector
+        if event.type in (EventType.EXTERNAL, EventType.NMI):
+            block.kind = 1
+        else:
+            block.kind = 2
+            self._environment.set_exception(
+                event.error or 0, soft, self._state.rip + event.length if soft else 0
+            )
+            if not soft:
+                self._vmcb.in_delivery(event.vector)
+        if event.type is EventType.NMI:
+            self._environment.block_nmi()
+
+    def _after(self) -> tuple[VmExit | None, Event | None]:
+        """The processor stopped: a VM exit, or the event to go on with (or neither: just go on)."""
+        state, block = self._state, self._block
+        nested = self._controls.ept_pointer if self._controls.secondary & _EPT else 0
+        self._key = (*translation_key(state), nested)
+        if not block.exit:
+            return self._stopped(), None
+        vectoring = self._vectoring()
+        code = block.exit - 0x100
+        if code == vmcb.NPF:
+            exit, event = self._nested_fault(vectoring)
+        else:
+            exit, event = self._intercepted(code, vectoring)
+        if exit is not None:
+            if exit.reason is not Reason.TRIPLE_FAULT:
+                exit.vectoring = vectoring
+            return exit, None
+        return None, event if event is not None else (vectoring if code == vmcb.NPF else None)
+
+    def _stopped(self) -> VmExit | None:
+        """By the block stub: kicked, or out of budget before a whole block."""
+        if self._kicked.is_set():
+            if self._controls.pin & _EXTERNAL:
+                return self._interrupted()
+            self._block.kick = 0
+            return None
+        if self._block.budget > 0:
+            self._processor.limit(self._block.budget)
+            return None
+        return VmExit(Reason.PREEMPTION_TIMER)
+
+    # --- Exits ---
+
+    def _intercepted(
+        self, code: int, vectoring: Event | None
+    ) -> tuple[VmExit | None, Event | None]:
+        if code == vmcb.IRET:
+            return self._iret()
+        if code in _WITHOUT_INSTRUCTION:
+            return VmExit(_WITHOUT_INSTRUCTION[code]), None
+        exit = self._exit(code)
+        if code in (vmcb.SYSCALL, vmcb.SYSENTER):
+            return None, self._fast_call(exit)
+        try:
+            result = self._hlt(exit) if code == vmcb.HLT else HANDLERS[code](exit, self._physical)
+        except PageFault as fault:
+            self._state.cr2 = fault.address
+            exit.fault(14, fault.code)
+        except EptFault as fault:
+            return _ept_exit(fault), None
+        if exit.inject is not None:
+            return self._on_top(vectoring, exit.inject)
+        if result is None:
+            self._block.budget -= 1
+        return result, None
+
+    def _exit(self, code: int) -> Exit:
+        block = self._block
+        return Exit(
+            code,
+            self._vmcb.exit_info_1,
+            self._vmcb.exit_info_2,
+            block.port,
+            block.size,
+            self._state,
+            self._controls,
+            self._fetcher.instruction(self._state),
+            self.statistics.instructions + self._start - block.budget,
+            self._read,
+        )
+
+    def _hlt(self, exit: Exit) -> VmExit | None:
+        if self._controls.primary & _HLT:
+            return exit.exit(Reason.HLT)
+        exit.skip()
+        self._state.activity = HALTED
+        return None
+
+    def _iret(self) -> tuple[VmExit | None, Event | None]:
+        """NMI-window exiting: IRET alone is run, and opens the window."""
+        block = self._block
+        self._vmcb.let_iret()
+        rest, block.budget = block.budget, 1
+        self._processor.limit(1)
+        self._processor.run(self._state.rip)
+        self._environment.save(self._state)
+        block.budget += rest - 1
+        return self._after() if block.exit else (None, None)
+
+    def _fast_call(self, exit: Exit) -> Event | None:
+        state = self._state
+        self._block.budget -= 1
+        try:
+            if exit.code == vmcb.SYSENTER:
+                sysenter(state)
+            elif not syscall(state, exit.instruction.len):
+                return Event(UD, EventType.HARDWARE_EXCEPTION)
+        except GeneralProtection:
+            return Event(GP, EventType.HARDWARE_EXCEPTION, 0)
+        return None
+
+    def _on_top(self, first: Event | None, second: Event) -> tuple[VmExit | None, Event | None]:
+        """An exception for the guest, maybe while another was being delivered (SDM vol. 3A table 6-5)."""
+        if first is None or first.type is not EventType.HARDWARE_EXCEPTION:
+            return None, second
+        if first.vector == 8:
+            return VmExit(Reason.TRIPLE_FAULT), None
+        contributory = second.vector in _CONTRIBUTORY
+        twice = first.vector in _CONTRIBUTORY and contributory
+        if twice or (first.vector == 14 and (contributory or second.vector == 14)):
+            double = Event(8, EventType.HARDWARE_EXCEPTION, 0)
+            if self._controls.exception_bitmap >> 8 & 1:
+                return VmExit(Reason.EXCEPTION_NMI, interruption=double), None
+            return None, double
+        return None, second
+
+    def _vectoring(self) -> Event | None:
+        """The event in whose delivery the exit came (IDT-vectoring information)."""
+        info, error = self._vmcb.take_vectoring()
+        if not info:
+            return None
+        state, injected, vector = self._state, self._injected, info & 0xFF
+        first = self._block.events == self._events + 1
+        if injected is not None and first and injected.vector == vector:
+            if injected.type >= EventType.SOFTWARE_INTERRUPT:
+                state.rip -= injected.length  # QEMU has stepped over the instruction already
+            return injected
+        if info >> 8 & 7 == 4:
+            return self._software(vector)
+        return Event(vector, EventType.HARDWARE_EXCEPTION, error if info & vmcb.HAS_ERROR else None)
+
+    def _software(self, vector: int) -> Event:
+        """INT n, INT3 or INTO was under way; RIP is behind it."""
+        state = self._state
+        linear = state.rip + (0 if state.bits == 64 else state.cs.base)
+        length = 1 if vector in (3, 4) and self._read(linear - 1, 1) in (b"\xcc", b"\xce") else 2
+        state.rip -= length
+        kind = EventType.SOFTWARE_EXCEPTION if length == 1 else EventType.SOFTWARE_INTERRUPT
+        return Event(vector, kind, None, length)
+
+    # --- Memory ---
+
+    def _nested_fault(self, vectoring: Event | None) -> tuple[VmExit | None, Event | None]:
+        """An entry is missing in our copy: the EPT has it, or this is an EPT violation."""
+        state, controls, info = self._state, self._controls, self._vmcb.exit_info_1
+        gpa, linear = self._vmcb.exit_info_2, self._block.address
+        access = Access.WRITE if info & 2 else Access.FETCH if info & 16 else Access.READ
+        walker = EptWalker(self._physical, controls.ept_pointer, linear)
+        try:
+            final = FINAL if self._check(walker, linear) == gpa else 0
+            page = walker.translate(gpa, access, LINEAR_VALID | final)
+            self._physical.view(page.address & -PAGE, PAGE)
+        except PageFault as fault:
+            state.cr2 = fault.address
+            return self._on_top(vectoring, Event(14, EventType.HARDWARE_EXCEPTION, fault.code))
+        except EptFault as fault:
+            return _ept_exit(fault), None
+        except MemoryFault:
+            return VmExit(Reason.EPT_MISCONFIGURATION, linear=linear, physical=gpa), None
+        self._nested.fill(gpa, page)
+        return None, None
+
+    def _check(self, walker: EptWalker, linear: int) -> int:
+        """Walk as VMX would: its faults come first, in its order, with its qualification."""
+        state = self._state
+        access = Access(self._block.access)
+        ask = asked(state, access, self._block.index == 1)
+        page = walk(EptMemory(walker), state, linear, ask)
+        walker.translate(page.address, access, LINEAR_VALID | FINAL)
+        return page.address
+
+    def _read(self, linear: int, size: int) -> bytes:
+        """As a supervisor, across pages."""
+        data = b""
+        while len(data) < size:
+            at = linear + len(data)
+            data += self._walk(at, min(size - len(data), PAGE - (at & PAGE - 1)), Access.READ)
+        return data
+
+    def _walk(self, linear: int, size: int, access: Access) -> bytes:
+        state, controls = self._state, self._controls
+        ask = Asked(access, False, True)
+        if controls.secondary & _EPT:
+            walker = EptWalker(self._physical, controls.ept_pointer, linear)
+            page = walk(EptMemory(walker), state, linear, ask)
+            hpa = walker.translate(page.address, access, LINEAR_VALID | FINAL).address
+        else:
+            hpa = walk(self._physical, state, linear, ask).address
+        return self._physical.read(hpa, size)
+
+    def _walk_code(self, state: CpuState, linear: int, size: int) -> bytes:
+        """Code whose page the core's TLB has dropped; nothing, if it is not there."""
+        try:
+            return self._walk(linear, size, Access.READ)
+        except (PageFault, EptFault, MemoryFault):
+            return b""
+
+
+def _ept_exit(fault: EptFault) -> VmExit:
+    return VmExit(
+        Reason(fault.reason), fault.qualification, linear=fault.linear, physical=fault.physical
+    )
+
+
+def _address(memory: mmap.mmap) -> int:
+    import ctypes
+
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -1,0 +1,390 @@
+"""From a #VMEXIT to the VM exit that VMX would make of it, or to none.
+
+SVM's intercepts are coarser than VMX's controls. A handler here gets the guest's state as it was before
+the instruction and either says which ``VmExit`` it is, or carries the instruction out on the state and
+returns None: the core goes on. ``Outcome.inject`` holds an exception that the guest gets instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+from iced_x86 import Code, Instruction, Mnemonic, OpKind, RegisterExt
+
+from hostel.soft.physical import PhysicalMemory
+from hostel.soft.silicon import Controls, Event, EventType, Primary, Reason, Secondary, VmExit
+from hostel.soft.state import CR0_PE, CR4_OSXSAVE, RAX, RCX, RDI, RDX, RSI, CpuState
+
+from . import svm_decode as decode
+from . import vmcb
+from .svm_io import io_exits, port_permitted
+from .svm_registers import (
+    GeneralProtection,
+    load_control_register,
+    read_msr,
+    write_msr,
+)
+
+_U32 = 0xFFFF_FFFF
+GP, UD, DB = 13, 6, 1
+_VMX = {
+    Mnemonic.VMCALL: Reason.VMCALL,
+    Mnemonic.VMCLEAR: Reason.VMCLEAR,
+    Mnemonic.VMLAUNCH: Reason.VMLAUNCH,
+    Mnemonic.VMPTRLD: Reason.VMPTRLD,
+    Mnemonic.VMPTRST: Reason.VMPTRST,
+    Mnemonic.VMREAD: Reason.VMREAD,
+    Mnemonic.VMRESUME: Reason.VMRESUME,
+    Mnemonic.VMWRITE: Reason.VMWRITE,
+    Mnemonic.VMXOFF: Reason.VMXOFF,
+    Mnemonic.VMXON: Reason.VMXON,
+    Mnemonic.INVEPT: Reason.INVEPT,
+    Mnemonic.INVVPID: Reason.INVVPID,
+}
+_TABLE_INFO = {  # instruction identity, bits 29:28 (SDM vol. 3C tables 27-10, 27-11)
+    Mnemonic.SGDT: (Reason.GDTR_IDTR, 0),
+    Mnemonic.SIDT: (Reason.GDTR_IDTR, 1),
+    Mnemonic.LGDT: (Reason.GDTR_IDTR, 2),
+    Mnemonic.LIDT: (Reason.GDTR_IDTR, 3),
+    Mnemonic.SLDT: (Reason.LDTR_TR, 0),
+    Mnemonic.STR: (Reason.LDTR_TR, 1),
+    Mnemonic.LLDT: (Reason.LDTR_TR, 2),
+    Mnemonic.LTR: (Reason.LDTR_TR, 3),
+}
+
+
+class Exit(msgspec.Struct):
+    """What a handler looks at."""
+
+    code: int
+    info1: int
+    info2: int
+    port: int
+    size: int
+    state: CpuState
+    controls: Controls
+    instruction: Instruction
+    time: int
+    """Guest instructions so far: the time-stamp counter."""
+    read: Callable[[int, int], bytes]
+    """Guest memory by linear address, as a supervisor; may raise ``PageFault``."""
+    inject: Event | None = None
+
+    def fault(self, vector: int, error: int | None = None) -> VmExit | None:
+        """No VM exit: the guest gets this exception."""
+        self.inject = Event(vector, EventType.HARDWARE_EXCEPTION, error)
+        return None
+
+    def skip(self) -> VmExit | None:
+        """No VM exit: the instruction is done."""
+        self.state.rip = _wrapped(self.state, self.state.rip + self.instruction.len)
+        self.state.interruptibility &= ~3
+        return None
+
+    def exit(
+        self, reason: Reason, qualification: int = 0, *, linear: int = 0, instruction_info: int = 0
+    ) -> VmExit:
+        return VmExit(
+            reason,
+            qualification,
+            self.instruction.len,
+            linear,
+            instruction_info=instruction_info,
+        )
+
+
+def _wrapped(state: CpuState, rip: int) -> int:
+    return rip & ((1 << 64) - 1 if state.bits == 64 else _U32)
+
+
+Handler = Callable[[Exit, PhysicalMemory], VmExit | None]
+
+
+def plain(reason: Reason) -> Handler:
+    return lambda exit, _: exit.exit(reason)
+
+
+def _invlpg(exit: Exit, _: PhysicalMemory) -> VmExit | None:
+    return exit.exit(Reason.INVLPG, decode.linear_address(exit.instruction, exit.state))
+
+
+def _rdtsc(exit: Exit, _: PhysicalMemory) -> VmExit | None:
+    state, controls = exit.state, exit.controls
+    ordered = exit.instruction.mnemonic == Mnemonic.RDTSCP
+    if ordered and not controls.secondary & Secondary.RDTSCP:
+        return exit.fault(UD)
+    if controls.primary & Primary.RDTSC:
+        return exit.exit(Reason.RDTSCP if ordered else Reason.RDTSC)
+    now = exit.time + (controls.tsc_offset if controls.primary & Primary.TSC_OFFSETTING else 0)
+    state.gpr[RAX], state.gpr[RDX] = now & _U32, now >> 32 & _U32
+    if ordered:
+        state.gpr[RCX] = state.msrs.get(0xC000_0103, 0) & _U32
+    return exit.skip()
+
+
+def _rdpmc(exit: Exit, _: PhysicalMemory) -> VmExit | None:
+    if exit.controls.primary & Primary.RDPMC:
+        return exit.exit(Reason.RDPMC)
+    return exit.fault(GP, 0)
+
+
+def _or_nothing(control: Primary, reason: Reason) -> Handler:
+    """MONITOR and MWAIT: without the control they are hints, which may do nothing."""
+
+    def handle(exit: Exit, _: PhysicalMemory) -> VmExit | None:
+        return exit.exit(reason) if exit.controls.primary & control else exit.skip()
+
+    return handle
+
+
+def _msr(exit: Exit, physical: PhysicalMemory) -> VmExit | None:
+    """SDM vol. 3C §24.6.9: four bitmaps of 1 KiB, reads first."""
+    state, controls = exit.state, exit.controls
+    number, writes = state.gpr[RCX] & _U32, bool(exit.info1)
+    low, high = number < 0x2000, 0xC000_0000 <= number < 0xC000_2000
+    intercepts = True
+    if controls.primary & Primary.MSR_BITMAPS and (low or high):
+        at = controls.msr_bitmap + writes * 2048 + high * 1024 + (number & 0x1FFF) // 8
+        intercepts = bool(physical.read(at, 1)[0] >> (number & 7) & 1)
+    if intercepts:
+        return exit.exit(Reason.WRMSR if writes else Reason.RDMSR)
+    try:
+        if writes:
+            write_msr(state, number, state.gpr[RDX] << 32 & ~_U32 | state.gpr[RAX] & _U32)
+        else:
+            value = read_msr(state, number, exit.time + controls.tsc_offset)
+            state.gpr[RAX], state.gpr[RDX] = value & _U32, value >> 32
+    except GeneralProtection:
+        return exit.fault(GP, 0)
+    return exit.skip()
+
+
+def _io(exit: Exit, physical: PhysicalMemory) -> VmExit | None:
+    """SDM vol. 3C table 27-5. The guest's own permission comes first (§25.1.1)."""
+    instruction, state = exit.instruction, exit.state
+    if not port_permitted(state, exit.port, exit.size, exit.read):
+        return exit.fault(GP, 0)
+    mnemonic = instruction.mnemonic
+    writes = mnemonic in (Mnemonic.OUT, Mnemonic.OUTSB, Mnemonic.OUTSW, Mnemonic.OUTSD)
+    string = mnemonic not in (Mnemonic.IN, Mnemonic.OUT)
+    rep = string and (instruction.has_rep_prefix or instruction.has_repne_prefix)
+    immediate = OpKind.IMMEDIATE8 in (instruction.op0_kind, instruction.op1_kind)
+    qualification = exit.size - 1 | (not writes) << 3 | string << 4 | rep << 5
+    qualification |= immediate << 6 | exit.port << 16
+    if not io_exits(exit.controls, physical, exit.port, exit.size) and not string:
+        if not writes:  # no port of this processor has a device: it reads as ones
+            keep = 0 if exit.size == 4 else ~((1 << 8 * exit.size) - 1)
+            ones = (1 << 8 * exit.size) - 1
+            state.gpr[RAX] = state.gpr[RAX] & keep & (1 << 64) - 1 | ones
+        return exit.skip()
+    linear = info = 0
+    if string:
+        linear, info = _string_operand(instruction, state, writes)
+    return exit.exit(Reason.IO, qualification, linear=linear, instruction_info=info)
+
+
+def _string_operand(instruction: Instruction, state: CpuState, writes: bool) -> tuple[int, int]:
+    """The linear address, and the instruction information (SDM vol. 3C table 27-9)."""
+    kind = instruction.op1_kind if writes else instruction.op0_kind
+    sizes = {
+        OpKind.MEMORY_SEG_SI: 0,
+        OpKind.MEMORY_ESDI: 0,
+        OpKind.MEMORY_SEG_ESI: 1,
+        OpKind.MEMORY_ESEDI: 1,
+    }
+    size = sizes.get(kind, 2)
+    offset = state.gpr[RSI if writes else RDI] & (0xFFFF, _U32, (1 << 64) - 1)[size]
+    if not writes:
+        return offset + (0 if state.bits == 64 else state.es.base), size << 7
+    base = decode.segment_base(instruction, state)
+    return offset + base, size << 7 | decode.segment_number(instruction) << 15
+
+
+def _write_cr(exit: Exit, _: PhysicalMemory) -> VmExit | None:
+    state, controls, instruction = exit.state, exit.controls, exit.instruction
+    register = exit.code & 0xF
+    if instruction.mnemonic == Mnemonic.CLTS:
+        return _clts(exit)
+    if instruction.mnemonic == Mnemonic.LMSW:
+        return _lmsw(exit)
+    source = decode.number(instruction.op1_register)
+    value = state.gpr[source] & ((1 << 64) - 1 if state.bits == 64 else _U32)
+    exits, kept = _cr_write_exits(controls, register, value)
+    if exits:
+        return exit.exit(Reason.CR_ACCESS, register | source << 8)
+    real = state.cr4 if register else state.cr0
+    return _go_on(exit, register, real & kept | value & ~kept)
+
+
+def _cr_write_exits(controls: Controls, register: int, value: int) -> tuple[bool, int]:
+    """Whether it does, and which bits the hypervisor keeps if not (SDM vol. 3C §25.1.3)."""
+    if register == 3:
+        return value not in controls.cr3_targets, 0
+    if register == 8:
+        return bool(controls.primary & Primary.CR8_LOAD), 0
+    if register == 4:
+        return bool((value ^ controls.cr4_shadow) & controls.cr4_mask), controls.cr4_mask
+    return bool((value ^ controls.cr0_shadow) & controls.cr0_mask), controls.cr0_mask
+
+
+def _go_on(exit: Exit, register: int, value: int) -> VmExit | None:
+    try:
+        load_control_register(exit.state, register, value)
+    except GeneralProtection:
+        return exit.fault(GP, 0)
+    return exit.skip()
+
+
+def _lmsw(exit: Exit) -> VmExit | None:
+    """SDM vol. 3C §25.1.3: of MP, EM and TS each change counts, of PE only the setting."""
+    state, controls, instruction = exit.state, exit.controls, exit.instruction
+    linear, in_memory = 0, instruction.op0_kind == OpKind.MEMORY
+    if in_memory:
+        linear = decode.linear_address(instruction, state)
+        source = int.from_bytes(exit.read(linear, 2), "little")
+    else:
+        source = state.gpr[decode.number(instruction.op0_register)] & 0xFFFF
+    changes = (source ^ controls.cr0_shadow) & 0xE | source & ~controls.cr0_shadow & 1
+    if changes & controls.cr0_mask:
+        return exit.exit(Reason.CR_ACCESS, 3 << 4 | in_memory << 6 | source << 16, linear=linear)
+    new = state.cr0 & ~0xE | source & 0xF
+    return _go_on(exit, 0, state.cr0 & controls.cr0_mask | new & ~controls.cr0_mask)
+
+
+def _clts(exit: Exit) -> VmExit | None:
+    """SDM vol. 3C §25.1.3: exits only if the guest sees TS set, and does not own it."""
+    if exit.controls.cr0_mask & exit.controls.cr0_shadow & 8:
+        return exit.exit(Reason.CR_ACCESS, 2 << 4)
+    if not exit.controls.cr0_mask & 8:
+        exit.state.cr0 &= ~8
+    return exit.skip()
+
+
+def _read_cr(exit: Exit, _: PhysicalMemory) -> VmExit | None:
+    state, controls, instruction = exit.state, exit.controls, exit.instruction
+    register = exit.code & 0xF
+    if instruction.mnemonic == Mnemonic.SMSW:
+        return _smsw(exit)
+    target = decode.number(instruction.op0_register)
+    if register == 3 or (register == 8 and controls.primary & Primary.CR8_STORE):
+        return exit.exit(Reason.CR_ACCESS, register | 1 << 4 | target << 8)
+    if register == 8:
+        value = state.cr8
+    elif register == 4:
+        value = state.cr4 & ~controls.cr4_mask | controls.cr4_shadow & controls.cr4_mask
+    else:
+        value = state.cr0 & ~controls.cr0_mask | controls.cr0_shadow & controls.cr0_mask
+    state.gpr[target] = value if state.bits == 64 else state.gpr[target] & ~_U32 | value & _U32
+    return exit.skip()
+
+
+def _smsw(exit: Exit) -> VmExit | None:
+    state, controls, instruction = exit.state, exit.controls, exit.instruction
+    if instruction.op0_kind != OpKind.REGISTER:
+        return exit.exit(Reason.CR_ACCESS, 1 << 4)
+    target, size = (
+        decode.number(instruction.op0_register),
+        RegisterExt.size(instruction.op0_register),
+    )
+    value = state.cr0 & ~controls.cr0_mask | controls.cr0_shadow & controls.cr0_mask
+    keep = state.gpr[target] & ~0xFFFF if size == 2 else 0
+    state.gpr[target] = keep | value & (0xFFFF if size == 2 else _U32)
+    return exit.skip()
+
+
+def _dr(exit: Exit, _: PhysicalMemory) -> VmExit | None:
+    instruction = exit.instruction
+    reads = exit.code < vmcb.WRITE_DR
+    general = instruction.op0_register if reads else instruction.op1_register
+    qualification = exit.code & 7 | reads << 4 | decode.number(general) << 8
+    return exit.exit(Reason.MOV_DR, qualification)
+
+
+def _tables(exit: Exit, _: PhysicalMemory) -> VmExit | None:
+    reason, identity = _TABLE_INFO[exit.instruction.mnemonic]
+    return exit.exit(reason, exit.instruction.memory_displacement, instruction_info=identity << 28)
+
+
+def _software_interrupt(exit: Exit, _: PhysicalMemory) -> VmExit | None:
+    """Met for INT3 and INTO's sake: they are exceptions to VMX, and INT n is not."""
+    instruction, bitmap = exit.instruction, exit.controls.exception_bitmap
+    vectors = {Mnemonic.INT3: 3, Mnemonic.INTO: 4}
+    vector = vectors.get(instruction.mnemonic)
+    length = instruction.len
+    if vector is None:
+        vector = instruction.immediate8
+        exit.inject = Event(vector, EventType.SOFTWARE_INTERRUPT, None, length)
+        return None
+    event = Event(vector, EventType.SOFTWARE_EXCEPTION, None, length)
+    if bitmap >> vector & 1:
+        return VmExit(Reason.EXCEPTION_NMI, 0, length, interruption=event)
+    exit.inject = event
+    return None
+
+
+def _icebp(exit: Exit, _: PhysicalMemory) -> VmExit | None:
+    length = exit.instruction.len
+    event = Event(DB, EventType.PRIVILEGED_SOFTWARE_EXCEPTION, None, length)
+    if exit.controls.exception_bitmap >> DB & 1:
+        return VmExit(Reason.EXCEPTION_NMI, 0, length, interruption=event)
+    exit.inject = event
+    return None
+
+
+def _exception(exit: Exit, _: PhysicalMemory) -> VmExit | None:
+    vector, controls = exit.code - vmcb.EXCEPTION, exit.controls
+    error = exit.info1 if vector in (8, 10, 11, 12, 13, 14, 17) else None
+    event = Event(vector, EventType.HARDWARE_EXCEPTION, error)
+    exits = bool(controls.exception_bitmap >> vector & 1)
+    address = 0
+    if vector == 14:
+        exits ^= exit.info1 & controls.pf_mask != controls.pf_match
+        address = exit.info2
+    if vector == UD:
+        special = _undefined(exit)
+        if special is not None:
+            return special
+    if exits:
+        return VmExit(Reason.EXCEPTION_NMI, address, 0, interruption=event)
+    if exit.inject is None:
+        exit.inject = event
+        if vector == 14:
+            exit.state.cr2 = address
+    return None
+
+
+def _undefined(exit: Exit) -> VmExit | None:
+    """What this SVM processor does not know, and a VMX processor does."""
+    instruction, state = exit.instruction, exit.state
+    mnemonic = instruction.mnemonic
+    if instruction.code == Code.INVALID or not state.cr0 & CR0_PE:
+        return None
+    if mnemonic in _VMX:
+        displacement = instruction.memory_displacement if instruction.memory_displ_size else 0
+        return exit.exit(_VMX[mnemonic], displacement)
+    if mnemonic == Mnemonic.XSETBV and state.cr4 & CR4_OSXSAVE and state.cpl == 0:
+        return exit.exit(Reason.XSETBV)
+    return None
+
+
+HANDLERS: dict[int, Handler] = {
+    vmcb.CPUID: plain(Reason.CPUID),
+    vmcb.INVD: plain(Reason.INVD),
+    vmcb.WBINVD: plain(Reason.WBINVD),
+    vmcb.PAUSE: plain(Reason.PAUSE),
+    vmcb.RDTSC: _rdtsc,
+    vmcb.RDPMC: _rdpmc,
+    vmcb.INVLPG: _invlpg,
+    vmcb.MONITOR: _or_nothing(Primary.MONITOR, Reason.MONITOR),
+    vmcb.MWAIT: _or_nothing(Primary.MWAIT, Reason.MWAIT),
+    vmcb.MSR: _msr,
+    vmcb.IOIO: _io,
+    vmcb.SWINT: _software_interrupt,
+    vmcb.ICEBP: _icebp,
+    **{vmcb.READ_CR + n: _read_cr for n in (0, 3, 4, 8)},
+    **{vmcb.WRITE_CR + n: _write_cr for n in (0, 3, 4, 8)},
+    **{code: _dr for code in range(vmcb.READ_DR, vmcb.WRITE_DR + 8)},
+    **{code: _tables for code in range(vmcb.IDTR_READ, vmcb.TR_WRITE + 1)},
+    **{vmcb.EXCEPTION + n: _exception for n in range(32)},
+}

@@ -1,0 +1,250 @@
+"""Unicorn as an SVM processor: its library, its live state, and the few host instructions that we add.
+
+::
+
+    guest code ── JIT ──> cpu_vmexit ──> UC_HOOK_INTR ──> intr stub ──> uc_emu_stop ──> Python
+                    │                         └─ an exception: x86_cpu_do_interrupt, to the guest's own IDT
+                    └──> block stub: counts instructions down, stops when none are left, or when kicked
+
+A stub is host code (x86-64) because a hook that leaves by ``longjmp`` may not be Python, and because
+it runs where Python would cost a thousand times as much. Their source stands in ``svm_stubs.py``.
+
+All of this is unicorn's private ground, which is why one version is pinned and ``Processor`` compares
+what it finds with symbols of the library before it trusts any offset.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import platform
+from typing import Any
+
+from hostel.errors import HostError, MissingTool
+from hostel.soft.physical import Span
+
+from .svm_stubs import CODE, ENTRY
+
+VERSION = 2, 1, 4
+_ARCH_X86, _MODE_64, _PROT_ALL = 4, 8, 7
+_HOOK_INTR, _HOOK_INSN, _HOOK_BLOCK = 1, 2, 8
+_INS_IN, _INS_OUT, _INS_SYSCALL, _INS_SYSENTER = 218, 500, 699, 700
+_CTL_WRITE = 1 << 26 | 1 << 30
+_CTL_USE_EXITS, _CTL_CPU_MODEL = 4 | _CTL_WRITE, 7 | _CTL_WRITE
+_MODEL_EPYC_ROME = 37
+
+# Offsets, in unicorn's structure, in the processor's, in its registers'.
+_UC_CPU = 0x1B8
+_CPU_NEXT_FLAGS, _CPU_REQUEST, _CPU_ENV, _CPU_FILL, _CPU_EXEC_INTERRUPT = (
+    0x18,
+    0x1C,
+    0x8A50,
+    0xA758,
+    0xA7A0,
+)
+_ENV_UC, _ENV_FEATURES = 0x1B58, 0x1600
+_FEATURE_1_ECX, _XSAVE_BITS = 4, 3 << 26
+REQUEST_EVENT, REQUEST_WINDOW = 2, 0x100
+"""``interrupt_request``: CPU_INTERRUPT_HARD, which our stub takes for itself, and CPU_INTERRUPT_VIRQ."""
+COUNT_MASK = 0x7FFF
+
+
+class Block(ctypes.Structure):
+    """What stubs and Python share. The offsets are in the stubs' source."""
+
+    exit: int
+    address: int
+    access: int
+    stopped: int
+    budget: int
+    fills: int
+    events: int
+    tb: int
+    kick: int
+    kind: int
+    vector: int
+    port: int
+    size: int
+    index: int
+    _fields_ = (
+        ("exit", ctypes.c_uint64),
+        ("address", ctypes.c_uint64),
+        ("access", ctypes.c_uint32),
+        ("stopped", ctypes.c_uint32),
+        ("budget", ctypes.c_int64),
+        ("fills", ctypes.c_uint64),
+        ("events", ctypes.c_uint64),
+        ("tb", ctypes.c_uint64),
+        ("kick", ctypes.c_uint32),
+        ("kind", ctypes.c_uint32),
+        ("vector", ctypes.c_uint32),
+        ("_", ctypes.c_uint32),
+        ("port", ctypes.c_uint32),
+        ("size", ctypes.c_uint32),
+        ("env", ctypes.c_uint64),
+        ("cpu", ctypes.c_uint64),
+        ("do_interrupt", ctypes.c_uint64),
+        ("hardirq", ctypes.c_uint64),
+        ("vmexit", ctypes.c_uint64),
+        ("emu_stop", ctypes.c_uint64),
+        ("tlb_fill", ctypes.c_uint64),
+        ("exec_interrupt", ctypes.c_uint64),
+        ("index", ctypes.c_uint32),
+    )
+
+
+class Processor:
+    """One unicorn instance with the stubs in place. ``block`` and ``env`` are live."""
+
+    def __init__(self) -> None:
+        self._lib = _library()
+        self._handle = ctypes.c_void_p()
+        self._call("uc_open", _ARCH_X86, _MODE_64, ctypes.byref(self._handle))
+        self._call("uc_ctl", self._handle, _CTL_CPU_MODEL, _MODEL_EPYC_ROME)
+        self._call("uc_ctl", self._handle, _CTL_USE_EXITS, 1)
+        self._page = mmap.mmap(-1, 8192, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        self._page[: len(CODE)] = CODE
+        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
+        self.block = Block.from_address(self._base + 4096)
+        self._mapped: list[int] = []
+        self._started = self._lib.uc_emu_start
+        self._started.argtypes = (
+            ctypes.c_void_p,
+            ctypes.c_uint64,
+            ctypes.c_uint64,
+            ctypes.c_uint64,
+            ctypes.c_size_t,
+        )
+
+    def prepare(self) -> None:
+        """Once the first memory is mapped: find the live state, check it, put the stubs in."""
+        handle = self._handle.value or 0
+        self.cpu = _u64(handle + _UC_CPU).value
+        self.env = self.cpu + _CPU_ENV
+        lib, block = self._lib, self.block
+        fill, execute = _u64(self.cpu + _CPU_FILL), _u64(self.cpu + _CPU_EXEC_INTERRUPT)
+        found = _u64(self.env + _ENV_UC).value, fill.value, execute.value
+        known = handle, _address(lib, "x86_cpu_tlb_fill"), _address(lib, "x86_cpu_exec_interrupt")
+        if found != known:
+            raise HostError(
+                "this build of unicorn is not the one that hostel knows",
+                cost="no core by intercept",
+                cure="install the wheel of unicorn 2.1.4 from PyPI",
+            )
+        block.env, block.cpu = self.env, self.cpu
+        block.do_interrupt = _address(lib, "x86_cpu_do_interrupt")
+        block.hardirq = _address(lib, "do_interrupt_x86_hardirq")
+        block.vmexit = _address(lib, "cpu_vmexit")
+        block.emu_stop = ctypes.cast(lib.uc_emu_stop, ctypes.c_void_p).value or 0
+        block.tlb_fill, block.exec_interrupt = fill.value, execute.value
+        fill.value, execute.value = self._base + ENTRY["fill"], self._base + ENTRY["inject"]
+        self.request = ctypes.c_uint32.from_address(self.cpu + _CPU_REQUEST)
+        self._next_flags = ctypes.c_int32.from_address(self.cpu + _CPU_NEXT_FLAGS)
+        features = _u64(self.env + _ENV_FEATURES + 8)
+        features.value &= ~_XSAVE_BITS
+        self._flush = lib.tlb_flush_x86_64
+        self._flush_page = lib.tlb_flush_page_x86_64
+        self._flush.argtypes = (ctypes.c_void_p,)
+        self._flush_page.argtypes = (ctypes.c_void_p, ctypes.c_uint64)
+        self._flags = lib.cpu_cc_compute_all_x86_64
+        self._flags.argtypes = (ctypes.c_void_p, ctypes.c_int)
+        self._flags.restype = ctypes.c_uint32
+        self._hook("intr", _HOOK_INTR)
+        self._hook("block", _HOOK_BLOCK)
+        for entry, instruction in (
+            ("io", _INS_IN),
+            ("io", _INS_OUT),
+            ("syscall", _INS_SYSCALL),
+            ("sysenter", _INS_SYSENTER),
+        ):
+            self._hook(entry, _HOOK_INSN, instruction)
+
+    def _hook(self, entry: str, kind: int, *extra: int) -> None:
+        handle = ctypes.c_size_t()
+        stub = ctypes.c_void_p(self._base + ENTRY[entry])
+        bounds = ctypes.c_uint64(1), ctypes.c_uint64(0)  # an empty range: everywhere
+        more = [ctypes.c_int(value) for value in extra]
+        self._call(
+            "uc_hook_add", self._handle, ctypes.byref(handle), kind, stub, None, *bounds, *more
+        )
+
+    def map(self, span: Span) -> None:
+        self._call(
+            "uc_mem_map_ptr",
+            self._handle,
+            ctypes.c_uint64(span.hpa),
+            ctypes.c_size_t(span.size),
+            _PROT_ALL,
+            ctypes.c_void_p(span.hva),
+        )
+
+    def run(self, rip: int) -> None:
+        """From RIP until the block says why not: ``exit``, or ``stopped``."""
+        block = self.block
+        block.exit = block.stopped = 0
+        error = self._started(self._handle, rip, 0, 0, 0)
+        if error or block.stopped > 1 or not (block.exit or block.stopped):
+            raise HostError(
+                f"the core stopped at {rip:#x} for no reason of the guest's (unicorn error {error})"
+            )
+
+    def limit(self, instructions: int) -> None:
+        """The next block to run is cut to this many."""
+        self._next_flags.value = min(instructions, COUNT_MASK)
+
+    def flags(self, operation: int) -> int:
+        """The arithmetic flags, which the core keeps as the operation that made them."""
+        value: int = self._flags(self.env, operation)
+        return value
+
+    def flush(self, address: int | None = None) -> None:
+        if address is None:
+            self._flush(self.cpu)
+        else:
+            self._flush_page(self.cpu, address)
+
+    def forget_code(self) -> None:
+        self._lib.tb_flush_x86_64(ctypes.c_void_p(self.cpu))
+
+    def close(self) -> None:
+        if self._handle.value:
+            self._call("uc_close", self._handle)
+            self._handle.value = None
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        error = getattr(self._lib, name)(*arguments)
+        if error:
+            raise HostError(f"unicorn refuses {name} (error {error})")
+
+
+def _library() -> ctypes.CDLL:
+    if platform.machine() != "x86_64":
+        raise HostError(
+            "the core by intercept runs on x86-64 hosts only", cure="use the core by translation"
+        )
+    try:
+        from unicorn.unicorn_py3.unicorn import uclib
+    except ImportError as error:
+        raise MissingTool(
+            "unicorn is not installed",
+            cost="no software processor",
+            cure="pip install 'hostel[soft]'",
+        ) from error
+    lib = ctypes.CDLL(uclib._name)
+    if lib.uc_version(None, None) >> 8 != VERSION[0] << 16 | VERSION[1] << 8 | VERSION[2]:
+        raise HostError(
+            "this version of unicorn is not the one that hostel knows",
+            cure="pip install 'hostel[soft]'",
+        )
+    return lib
+
+
+def _address(lib: ctypes.CDLL, name: str) -> int:
+    try:
+        return ctypes.cast(getattr(lib, f"{name}_x86_64"), ctypes.c_void_p).value or 0
+    except AttributeError:
+        return 0
+
+
+def _u64(address: int) -> ctypes.c_uint64:
+    return ctypes.c_uint64.from_address(address)

@@ -1,0 +1,199 @@
+"""The host instructions that we add to unicorn, as source and as bytes.
+
+They share one page of data, ``block`` (``svm_host.Block``), 4 KiB after their first byte. The test beside
+this file assembles ``SOURCE`` and compares: there is no assembler on a user's machine.
+
+Offsets in a TranslationBlock: pc 0, cs_base 8, icount 0x16, code and its size 0x20 and 0x28; 0xc0 bytes
+before its code. After the code stands, for each instruction, the step of its pc, of its flags operation
+and of its host pc, in SLEB128: so it is known which instruction an address is.
+"""
+
+from __future__ import annotations
+
+SOURCE = """\
+.intel_syntax noprefix
+.set EXIT,0
+.set ADDRESS,8
+.set ACCESS,16
+.set STOPPED,20
+.set BUDGET,24
+.set FILLS,32
+.set EVENTS,40
+.set TB,48
+.set KICK,56
+.set KIND,60
+.set VECTOR,64
+.set PORT,72
+.set SIZE,76
+.set ENV,80
+.set CPU,88
+.set DO_INTERRUPT,96
+.set HARDIRQ,104
+.set VMEXIT,112
+.set EMU_STOP,120
+.set TLB_FILL,128
+.set EXEC_INTERRUPT,136
+.set INDEX,144
+.set block, start+0x1000
+start:
+# UC_HOOK_INTR(uc, index, _): what has not run of the block is given back, then exception or exit
+intr:
+ push rbx
+ lea rbx,[rip+block]
+ mov r8,[rbx+TB]
+ test r8,r8
+ jz 2f
+ mov r9,[r8+0x20]
+ add r9,[r8+0x28]
+ movzx ecx, word ptr [r8+0x16]
+ mov r10,[r8]
+ mov r11,[rbx+ENV]
+ mov rax,[r11+0x80]
+ add rax,[r8+8]
+1: movzx edx, byte ptr [r9]
+ add r10,rdx
+ inc r9
+3: test byte ptr [r9],0x80
+ lea r9,[r9+1]
+ jnz 3b
+4: test byte ptr [r9],0x80
+ lea r9,[r9+1]
+ jnz 4b
+ cmp r10,rax
+ je 5f
+ dec ecx
+ jnz 1b
+5: mov qword ptr [rbx+TB],0
+ add [rbx+BUDGET], rcx
+2: cmp esi, 0x100
+ jae 6f
+ inc qword ptr [rbx+EVENTS]
+ mov rdi,[rbx+CPU]
+ call [rbx+DO_INTERRUPT]
+ jmp 7f
+6: mov eax, esi
+ mov [rbx+EXIT], rax
+ mov rax,[rbx+CPU]
+ mov dword ptr [rax+0x1c],0
+ call [rbx+EMU_STOP]
+7: mov rax,[rbx+ENV]
+ mov dword ptr [rax+0x150c],0
+ pop rbx
+ ret
+.p2align 4
+# UC_HOOK_BLOCK(uc, pc, size, _): the block stands in front of its code; its TranslationBlock, before that
+block_:
+ lea rax,[rip+block]
+ mov r9,[rsp]
+ and r9,-64
+ mov r10d,8
+1: cmp [r9-0xa0], r9
+ jne 2f
+ cmp [r9-0xc0], rsi
+ je 3f
+2: sub r9,64
+ dec r10d
+ jnz 1b
+ mov dword ptr [rax+STOPPED],2
+ jmp [rax+EMU_STOP]
+3: lea r9,[r9-0xc0]
+ movzx ecx, word ptr [r9+0x16]
+ sub [rax+BUDGET], rcx
+ js 4f
+ cmp dword ptr [rax+KICK],0
+ jne 4f
+ mov [rax+TB], r9
+ ret
+4: add [rax+BUDGET], rcx
+ mov qword ptr [rax+TB],0
+ mov dword ptr [rax+STOPPED],1
+ jmp [rax+EMU_STOP]
+.p2align 4
+# UC_HOOK_INSN IN and OUT(uc, port, size, …): unicorn never asks the permission maps, so each one exits
+io:
+ lea rax,[rip+block]
+ mov [rax+PORT],esi
+ mov [rax+SIZE],edx
+ mov esi,0x7b
+ jmp 1f
+.p2align 4
+# UC_HOOK_INSN SYSCALL, SYSENTER(uc, _): unicorn leaves both to us
+syscall_:
+ lea rax,[rip+block]
+ mov esi,0x4f0
+ jmp 1f
+.p2align 4
+sysenter_:
+ lea rax,[rip+block]
+ mov esi,0x4f1
+1: mov rdi,[rax+ENV]
+ xor edx,edx
+ xor ecx,ecx
+ jmp [rax+VMEXIT]
+.p2align 4
+# tlb_fill(cpu, address, size, access, …): which linear address it was, #VMEXIT(NPF) does not say
+fill:
+ lea rax,[rip+block]
+ mov [rax+ADDRESS],rsi
+ mov [rax+ACCESS],ecx
+ mov [rax+INDEX],r8d
+ inc qword ptr [rax+FILLS]
+ cmp ecx,2
+ jne 1f
+ mov qword ptr [rax+TB],0
+1: jmp [rax+TLB_FILL]
+.p2align 4
+# cpu_exec_interrupt(cpu, request): deliver an event before the first instruction
+inject:
+ push rbx
+ lea rbx,[rip+block]
+ mov qword ptr [rbx+TB],0
+ mov eax,[rbx+KIND]
+ test eax,eax
+ jz 9f
+ mov dword ptr [rbx+KIND],0
+ and dword ptr [rdi+0x1c], ~2
+ inc qword ptr [rbx+EVENTS]
+ cmp eax,1
+ jne 2f
+ mov rdi,[rbx+ENV]
+ mov esi,[rbx+VECTOR]
+ mov edx,1
+ call [rbx+HARDIRQ]
+ jmp 3f
+2: mov ecx,[rbx+VECTOR]
+ mov [rdi+0x81a0], ecx
+ call [rbx+DO_INTERRUPT]
+3: mov rax,[rbx+ENV]
+ mov dword ptr [rax+0x150c],0
+ mov eax,1
+ pop rbx
+ ret
+9: mov rax,rbx
+ pop rbx
+ jmp [rax+EXEC_INTERRUPT]
+"""
+
+ENTRY = {
+    "intr": 0,
+    "block": 160,
+    "io": 272,
+    "syscall": 304,
+    "sysenter": 320,
+    "fill": 352,
+    "inject": 400,
+}
+
+CODE = bytes.fromhex(
+    "53488d1df80f00004c8b43304d85c074524d8b48204d034828410fb748164d8b104c8b5b50498b838000000049034008"
+    "410fb6114901d249ffc141f601804d8d490175f641f601804d8d490175f64939c27404ffc975d948c743300000000048"
+    "014b1881fe00010000730d48ff4328488b7b58ff5360eb1389f0488903488b4358c7401c00000000ff5378488b4350c7"
+    "800c150000000000005bc30f1f440000488d05590f00004c8b0c244983e1c041ba080000004d398960ffffff75094939"
+    "b140ffffff74134983e94041ffca75e5c7401402000000ff60784d8d8940ffffff410fb7491648294818780b83783800"
+    "75054c894830c34801481848c7403000000000c7401401000000ff60780f1f00488d05e90e000089704889504cbe7b00"
+    "0000eb2866662e0f1f84000000000090488d05c90e0000bef0040000eb0e6690488d05b90e0000bef1040000488b7850"
+    "31d231c9ff6070660f1f840000000000488d05990e0000488970088948104489809000000048ff402083f902750848c7"
+    "403000000000ffa0800000000f1f400053488d1d680e000048c74330000000008b433c85c07446c7433c000000008367"
+    "1cfd48ff432883f8017511488b7b508b7340ba01000000ff5368eb0c8b4b40898fa0810000ff5360488b4350c7800c15"
+    "000000000000b8010000005bc34889d85bffa088000000"
+)
