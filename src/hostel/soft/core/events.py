@@ -15,6 +15,7 @@ SDM vol. 3A §6.12 (protected mode), §6.14 (64-bit), §20.1.4 (real mode). Virt
 
 from __future__ import annotations
 
+from struct import Struct
 from typing import NamedTuple, Protocol
 
 from hostel.soft.silicon import Event, EventType, PageFault
@@ -58,6 +59,9 @@ _CODE, _CONFORMING, _WRITABLE, _ACCESSED, _S, _PRESENT, _LONG, _BIG = (
 )
 
 
+_QWORDS = {count: Struct(f"<{count}Q") for count in (5, 6)}
+
+
 class Fault(Exception):
     """An exception of the guest's own."""
 
@@ -85,6 +89,7 @@ class Memory(Protocol):
 
     def read(self, address: int, size: int, user: bool = False) -> int: ...
     def write(self, address: int, size: int, value: int, user: bool = False) -> None: ...
+    def write_bytes(self, address: int, data: bytes, user: bool = False) -> None: ...
 
 
 class _Gate(NamedTuple):
@@ -160,16 +165,19 @@ def _gate(state: CpuState, memory: Memory, event: Event, size: int) -> _Gate:
     kinds = (0xE, 0xF) if size == 16 else (5, 6, 7, 0xE, 0xF)
     if rights & 0x1F not in kinds:
         raise Fault(GP, code)
-    gate = _Gate(raw >> 16 & 0xFFFF, raw & 0xFFFF | raw >> 32 & 0xFFFF_0000, rights, raw >> 32 & 7)
+    offset = raw & 0xFFFF
+    if rights & 8:
+        offset |= raw >> 32 & 0xFFFF_0000
+    if size == 16:
+        offset |= (raw >> 64 & 0xFFFF_FFFF) << 32
+    gate = _Gate(raw >> 16 & 0xFFFF, offset, rights, raw >> 32 & 7)
     if event.type in _CHECKED and gate.dpl < state.cpl:
         raise Fault(GP, code)
     if not rights & _PRESENT:
         raise Fault(NP, code)
     if rights & 0x1F == 5:
         raise TaskGate(gate.selector)
-    if size == 16:
-        return gate._replace(offset=gate.offset | (raw >> 64 & 0xFFFF_FFFF) << 32)
-    return gate if gate.wide else gate._replace(offset=gate.offset & 0xFFFF)
+    return gate
 
 
 def descriptor(state: CpuState, memory: Memory, selector: int, fault: int, external: int) -> int:
@@ -259,10 +267,9 @@ def _long(state: CpuState, memory: Memory, event: Event, return_rip: int) -> Non
     frame += [state.cs.selector, return_rip]
     if event.error is not None:
         frame.append(event.error)
-    rsp &= ~15
-    for value in frame:
-        rsp = (rsp - 8) & (2**64 - 1)
-        memory.write(rsp, 8, value, ring == 3)
+    rsp = (rsp & ~15) - 8 * len(frame) & 2**64 - 1
+    frame.reverse()
+    memory.write_bytes(rsp, _QWORDS[len(frame)].pack(*frame), ring == 3)
     _enter(state, gate, segment, rsp, stack)
 
 

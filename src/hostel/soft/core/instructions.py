@@ -149,6 +149,12 @@ _BY_CODE: tuple[tuple[str, Handler], ...] = (
 )
 
 
+STATELESS = frozenset(
+    (transfers.as_it_stands, transfers.with_descriptors, transfers.interrupt_return)
+)
+"""Those that need no ``CpuState``: the engine's need not be copied to it."""
+
+
 class Handlers:
     """The table by iced-x86's numbers, made when the decoder is there."""
 

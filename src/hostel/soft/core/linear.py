@@ -1,12 +1,13 @@
 """Linear memory of the guest, for what the core does itself: descriptors, stacks, string operands.
 
-Each access is translated by the ``Mmu`` like one of the processor's, and written in a way that the translated
-blocks of overwritten code are dropped.
+Each page is translated by the ``Mmu`` like for an access of the processor's, and kept until the core is told
+to flush: deliveries of exceptions touch the same pages over and over. A store to a page that code was
+fetched from goes through the engine, which drops the blocks translated from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 
 from hostel.soft.physical import PAGE, PhysicalMemory
 from hostel.soft.silicon import Access, Translation
@@ -20,10 +21,23 @@ class LinearMemory:
         physical: PhysicalMemory,
         translate: Translate,
         store: Callable[[int, bytes], None],
+        code_frames: Container[int],
     ) -> None:
         self._physical = physical
         self._translate = translate
         self._store = store
+        self._code_frames = code_frames
+        self._known: dict[tuple[int, Access, bool], int] = {}
+
+    def flush(self) -> None:
+        self._known.clear()
+
+    def _frame(self, address: int, access: Access, user: bool) -> int:
+        key = address // PAGE, access, user
+        frame = self._known.get(key)
+        if frame is None:
+            frame = self._known[key] = self._translate(address, access, user).frame
+        return frame
 
     def _parts(
         self, address: int, size: int, access: Access, user: bool
@@ -32,21 +46,26 @@ class LinearMemory:
         while size:
             offset = address % PAGE
             count = min(size, PAGE - offset)
-            yield self._translate(address, access, user).frame + offset, count
+            yield self._frame(address, access, user) + offset, count
             address, size = address + count, size - count
 
-    def read_bytes(
-        self, address: int, size: int, user: bool, access: Access = Access.READ
-    ) -> bytes:
-        parts = self._parts(address, size, access, user)
-        return b"".join(self._physical.read(hpa, count) for hpa, count in parts)
-
     def read(self, address: int, size: int, user: bool = False) -> int:
-        return int.from_bytes(self.read_bytes(address, size, user), "little")
+        offset = address % PAGE
+        if offset + size <= PAGE:
+            hpa = self._frame(address, Access.READ, user) + offset
+            return int.from_bytes(self._physical.view(hpa, size), "little")
+        parts = self._parts(address, size, Access.READ, user)
+        data = b"".join(self._physical.read(hpa, count) for hpa, count in parts)
+        return int.from_bytes(data, "little")
 
     def write(self, address: int, size: int, value: int, user: bool = False) -> None:
+        self.write_bytes(address, value.to_bytes(size, "little"), user)
+
+    def write_bytes(self, address: int, data: bytes, user: bool = False) -> None:
         """All pages are asked for before the first byte is written: a fault leaves nothing half done."""
-        data = value.to_bytes(size, "little")
-        for hpa, count in list(self._parts(address, size, Access.WRITE, user)):
-            self._store(hpa, data[:count])
+        for hpa, count in list(self._parts(address, len(data), Access.WRITE, user)):
+            if hpa & ~(PAGE - 1) in self._code_frames:
+                self._store(hpa, data[:count])
+            else:
+                self._physical.write(hpa, data[:count])
             data = data[count:]

@@ -35,6 +35,7 @@ from hostel.soft.state import (
     Segment,
 )
 
+from .env import EFLAGS
 from .events import GP, UD, Fault, descriptor
 from .operands import is_memory, operand_address
 from .outcome import Outcome, Result, leave, need_ring0
@@ -163,10 +164,10 @@ def set_interrupts(core: TranslatingCore, instruction: Instruction) -> Result:
 
 
 def interrupt_return(core: TranslatingCore, instruction: Instruction) -> Result:
+    """IRET; with NT set, the return from a task, which exits."""
     state = core.state
-    nested = state.rflags & RFLAGS_NT and state.cr0 & CR0_PE and not state.long_mode
-    if nested:
-        back = core.memory.read(state.tr.base, 2)
+    if core.engine.env.u64[EFLAGS // 8] & RFLAGS_NT and state.cr0 & CR0_PE and not state.long_mode:
+        back = core.memory.read(core.state.tr.base, 2)
         return leave(Reason.TASK_SWITCH, instruction, back | _BY_IRET << 30)
     state.interruptibility &= ~BLOCKED_BY_NMI
     return Outcome.IMPLICIT

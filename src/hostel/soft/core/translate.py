@@ -17,9 +17,10 @@ The INT3 of a block was placed for an instruction; a guest's own INT3 is one in 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from hostel.errors import HostError
 from hostel.soft.physical import PAGE, PhysicalMemory
 from hostel.soft.silicon import (
     Access,
@@ -33,15 +34,12 @@ from hostel.soft.silicon import (
     Pin,
     Primary,
     Reason,
-    Translation,
     VmExit,
 )
 from hostel.soft.state import (
     ACTIVE,
     BLOCKED_BY_MOV_SS,
     BLOCKED_BY_NMI,
-    CR4_SMAP,
-    RFLAGS_AC,
     RFLAGS_IF,
     RFLAGS_RF,
     RFLAGS_TF,
@@ -50,23 +48,21 @@ from hostel.soft.state import (
 
 from .delivery import SHADOWED, STEP, Delivery, ept_exit
 from .engine import EXCEPTION, FOREVER, FULL, ILLEGAL, TO_SCAN, Engine
-from .env import DR, EFLAGS, EIP, FPU, FPU_END, HF_CS64, HF_INHIBIT, IS_INT
+from .env import DR, EIP, FPU, FPU_END, HF_CS64, HF_INHIBIT, IS_INT
 from .events import BP, DB, OF, PF, UD, WITH_ERROR_CODE, Fault
-from .instructions import Handlers
+from .instructions import STATELESS, Handlers
 from .linear import LinearMemory
 from .outcome import Outcome
 from .scan import LONGEST, Scanner
+from .translations import Translations
 from .view import INT3, SplitView
+from .window import Reader, Window, Writer
 
 if TYPE_CHECKING:
     from iced_x86 import Instruction
 
-_WINDOW = 1 << 39
-"""HPA where no memory is: accesses there are answered by ``step_emulated``'s callbacks."""
-_WINDOW_PAGES = 16
 _FINAL = 1 << 8
 """Of an EPT violation's qualification: the access itself, not the walk to it (table 27-7)."""
-_READ, _WRITE, _EXECUTE = 1, 2, 4
 
 
 class TranslatingCore:
@@ -81,18 +77,19 @@ class TranslatingCore:
         self.shadow = 0
         """Interruptibility that the instruction being executed leaves behind."""
         scanner = Scanner()
-        self._view = SplitView(physical, scanner, self.statistics)
-        self.engine = Engine(self._fill, self._view.meet)
-        self.memory = LinearMemory(physical, self._translate, self.engine.write)
+        self.translations = Translations(self)
+        self.view = SplitView(physical, scanner, self.statistics)
+        self.engine = Engine(self.translations.fill, self.view.meet)
+        self.memory = LinearMemory(
+            physical, self.translations.ask, self.engine.write, self.view.fetched
+        )
         self._scanner = scanner
         self.delivery = Delivery(self)
         self._handlers = Handlers()
         self._positions: dict[tuple[int, int], int] = {}
-        self._refused: tuple[PageFault | EptFault, Access] | None = None
-        self._at_limit = self._implicit = self._synced = False
-        self._cut = False
+        self._synced = self._cut = False
         self._left = FOREVER
-        self._window: Mapping[int, int] = {}
+        self.window = Window(self.engine)
         self._kick = threading.Event()
         for span in physical.spans:
             self.engine.map(span)
@@ -101,16 +98,19 @@ class TranslatingCore:
     # --- The contract ---
 
     def enter(self, state: CpuState, controls: Controls, event: Event | None = None) -> VmExit:
-        self.state, self.controls = state, controls
-        timed = controls.pin & Pin.PREEMPTION_TIMER
-        self._left = controls.timer if timed else FOREVER
-        self._cut, self._synced = False, True
+        self._begin(state, controls)
         exit = self.delivery.inject(event) if event else None
         if exit is None:
             self._resume()
             exit = self._run()
         self._sync()
         return exit
+
+    def _begin(self, state: CpuState, controls: Controls) -> None:
+        self.state, self.controls = state, controls
+        timed = controls.pin & Pin.PREEMPTION_TIMER
+        self._left = controls.timer if timed else FOREVER
+        self._cut, self._synced = False, True
 
     def _run(self) -> VmExit:
         while True:
@@ -125,10 +125,11 @@ class TranslatingCore:
     def flush(self, address: int | None = None) -> None:
         self.statistics.flushes += 1
         self.engine.flush(address)
+        self.memory.flush()
         if address is None:
-            self._view.frames.clear()
+            self.view.frames.clear()
         else:
-            self._view.frames.pop(address // PAGE, None)
+            self.view.frames.pop(address // PAGE, None)
 
     def flush_all(self, *, keep_global: bool) -> None:
         """The guest's own flush, by a MOV to a control register that did not exit."""
@@ -209,26 +210,32 @@ class TranslatingCore:
 
     def _advance(self) -> VmExit | None:
         """Run blocks until something happens, and act on it."""
+        return self._guarded(self._blocks)
+
+    def _guarded(self, work: Callable[[], VmExit | None]) -> VmExit | None:
         try:
-            awaited = self.controls.primary & (Primary.INTERRUPT_WINDOW | Primary.NMI_WINDOW)
-            shadowed = awaited and self.engine.env.hflags & HF_INHIBIT
-            if shadowed or (self._cut and self._left == 1):
-                self._cut = False
-                return self._one()
-            cut, self._cut = self._cut, False
-            return self._go(self._left, cut)
+            return work()
         except Fault as fault:
             return self._raise(fault)
+        except PageFault as fault:
+            return self._raise(Fault(PF, fault.code, cr2=fault.address))
         except EptFault as fault:
             self._sync()
             return ept_exit(fault)
 
+    def _blocks(self) -> VmExit | None:
+        awaited = self.controls.primary & (Primary.INTERRUPT_WINDOW | Primary.NMI_WINDOW)
+        cut, self._cut = self._cut, False
+        if (awaited and self.engine.env.hflags & HF_INHIBIT) or (cut and self._left == 1):
+            return self._one()
+        return self._go(self._left, cut)
+
     def _go(self, budget: int, cut: bool) -> VmExit | None:
-        self._refused, self._at_limit = None, False
+        self.translations.refused, self.translations.at_limit = None, False
         error = self.engine.run(budget, cut=cut)
         spent = budget - self.engine.context.budget
         stopped = self.engine.context.stopped
-        if stopped or self._at_limit:
+        if stopped or self.translations.at_limit:
             self._count(spent)
             return self._after_stop(stopped, budget)
         return self._after_event(error, spent)
@@ -239,10 +246,10 @@ class TranslatingCore:
 
     def _after_stop(self, stopped: int, budget: int) -> VmExit | None:
         if stopped == TO_SCAN:
-            self._view.make(self.engine)
+            self.view.make(self.engine)
         elif stopped == FULL:
             self.engine.forget_blocks()
-            self._view.forget_blocks()
+            self.view.forget_blocks()
             self._positions.clear()
         elif budget > 1 and not self.engine.context.kick:
             self._cut = True
@@ -251,13 +258,15 @@ class TranslatingCore:
     def _after_event(self, error: int, spent: int) -> VmExit | None:
         """The engine stopped inside a block, or at one that it could not fetch."""
         env = self.engine.env
-        if self._refused is not None:
-            fault, access = self._refused
+        if self.translations.refused is not None:
+            fault, access = self.translations.refused
             self._count(spent if access is Access.FETCH else spent - self._unfinished())
             return self._after_refusal(fault, access)
         vector = UD if error == ILLEGAL else self.engine.exception
-        if error not in (EXCEPTION, ILLEGAL):
-            # It stopped by itself at something that should have been replaced: not an instruction here.
+        if error not in (0, EXCEPTION, ILLEGAL):
+            raise HostError(f"a translation leads to where no memory is (unicorn error {error})")
+        if not error or not 0 <= vector < 32:
+            # It stopped by itself at what should have been replaced, so it is no instruction here.
             self._count(spent)
             raise Fault(UD)
         if vector == BP and env.u32[IS_INT // 4]:
@@ -276,7 +285,7 @@ class TranslatingCore:
     def _after_int3(self, spent: int) -> VmExit | None:
         env = self.engine.env
         at = env.linear_rip - 1 & (2**64 - 1 if env.hflags & HF_CS64 else 0xFFFF_FFFF)
-        if self._view.code(at, 1)[0] == INT3:
+        if self.view.code(at, 1) == INT3:
             self._count(spent)
             return self._trap(BP)
         self._count(spent - 1)
@@ -316,7 +325,7 @@ class TranslatingCore:
         done = self._positions.get(key)
         if done is None:
             length = env.linear_rip - context.pc
-            code = self._view.code(context.pc, length) if 0 <= length < PAGE else b""
+            code = self.view.code(context.pc, length) if 0 <= length < PAGE else b""
             done = self._positions[key] = self._scanner.position(code, env.bits)
         return max(int(context.count) - done, 0)
 
@@ -334,22 +343,23 @@ class TranslatingCore:
         env = self.engine.env
         at, bits = env.linear_rip, env.bits
         room = PAGE - at % PAGE
-        if at // PAGE not in self._view.frames:
-            self._view.frames[at // PAGE] = self._translate(at, Access.FETCH, env.cpl == 3).frame
-        found = self._scanner.decode(self._view.code(at, min(LONGEST, room)), bits)
+        if at // PAGE not in self.view.frames:
+            self.view.fetch(at, self.translations.ask(at, Access.FETCH, env.cpl == 3).frame)
+        found = self._scanner.decode(self.view.code(at, min(LONGEST, room)), bits)
         if found.len and found.len <= room and (found.code or room >= LONGEST):
             return found
         following = at + room
-        self._view.frames[following // PAGE] = self._translate(
-            following, Access.FETCH, env.cpl == 3
-        ).frame
-        return self._scanner.decode(self._view.code(at, LONGEST), bits)
+        frame = self.translations.ask(following, Access.FETCH, env.cpl == 3).frame
+        self.view.fetch(following, frame)
+        return self._scanner.decode(self.view.code(at, LONGEST), bits)
 
     def _act(self, instruction: Instruction) -> VmExit | None:
         """What a sensitive instruction does in this ring, under these controls."""
-        self._sync()
+        handler = self._handlers.of(instruction)
+        if handler not in STATELESS:
+            self._sync()
         self.shadow = 0
-        result = self._handlers.of(instruction)(self, instruction)
+        result = handler(self, instruction)
         if isinstance(result, VmExit):
             return result
         if result in (Outcome.NATIVE, Outcome.IMPLICIT):
@@ -359,11 +369,11 @@ class TranslatingCore:
 
     def _natively(self, implicit: bool) -> VmExit | None:
         self._resume()
-        self._implicit = implicit
+        self.translations.implicit = implicit
         try:
             return self._go(1, cut=True)
         finally:
-            self._implicit = False
+            self.translations.implicit = False
 
     def _complete(self, instruction: Instruction, result: Outcome) -> VmExit | None:
         state = self.state
@@ -389,49 +399,6 @@ class TranslatingCore:
     def deliver_software(self, event: Event) -> Outcome | VmExit:
         return self.delivery.software(event) or Outcome.JUMPED
 
-    # --- Translations ---
-
-    def _translate(self, address: int, access: Access, user: bool) -> Translation:
-        """For accesses of the core's own; outside 64-bit mode addresses are 32 bits wide."""
-        if not self.state.long_mode:
-            address &= 0xFFFF_FFFF
-        self.statistics.fills += 1
-        return self.mmu.translate(self.state, self.controls, address, access, user)
-
-    def _fill(self, page: int, kind: int) -> tuple[int, int] | None:
-        """A TLB miss of the engine: (frame, rights), or None to stop at the instruction."""
-        access = Access(kind)
-        if self._view.making:
-            return self._view.frames.get(page // PAGE, 0), _READ | _EXECUTE
-        if access is Access.FETCH and self.engine.context.budget <= 0:
-            self._at_limit = True
-            return None
-        if page in self._window:
-            return _WINDOW + PAGE * list(self._window).index(page), _READ | _WRITE
-        env, state = self.engine.env, self.state
-        if state.cr4 & CR4_SMAP:
-            state.rflags = state.rflags & ~RFLAGS_AC | env.u64[EFLAGS // 8] & RFLAGS_AC
-        user = env.cpl == 3 and not (self._implicit and self._is_table(page))
-        self.statistics.fills += 1
-        try:
-            found = self.mmu.translate(state, self.controls, page, access, user)
-        except (PageFault, EptFault) as refused:
-            self._refused = refused, access
-            return None
-        rights = (_READ if found.readable else 0) | (_WRITE if found.writable else 0)
-        if access is Access.FETCH:
-            # Only a fetch gets the right to execute: a page that has it is slow to write to.
-            self._view.frames[page // PAGE] = found.frame
-            rights |= _EXECUTE if found.executable else 0
-        return found.frame, rights
-
-    def _is_table(self, page: int) -> bool:
-        state = self.state
-        tables = (state.gdtr, state.ldtr, state.idtr, state.tr)
-        return any(
-            table.base < page + PAGE and page <= table.base + table.limit for table in tables
-        )
-
     # --- For a hypervisor ---
 
     def cpuid(self, leaf: int, subleaf: int = 0) -> tuple[int, int, int, int]:
@@ -441,3 +408,37 @@ class TranslatingCore:
     def wrote(self, hpa: int, size: int) -> None:
         """Somebody else changed memory: blocks translated from it are dropped."""
         self.engine.write(hpa, self.physical.read(hpa, size))
+
+    def step_emulated(
+        self,
+        state: CpuState,
+        controls: Controls,
+        pages: Mapping[int, int],
+        reader: Reader,
+        writer: Writer,
+    ) -> VmExit | None:
+        """One instruction, of which accesses to ``pages`` (linear page: guest-physical page) are answered by
+        ``reader(gpa, size)`` and ``writer(gpa, size, value)``, in pieces of up to 4 bytes.
+
+        A repeated string instruction goes on to its end, or as long as it stays in these pages. What exits
+        or faults comes back as from ``enter``: say, the violation of a second page, to be added to ``pages``.
+        """
+        self._begin(state, controls)
+        self._left = FOREVER
+        self._resume()
+        with self.window.opened(pages, reader, writer):
+            exit = self._guarded(self._whole_instruction)
+        self._sync()
+        return exit
+
+    def _whole_instruction(self) -> VmExit | None:
+        before, start = self.statistics.instructions, self.engine.env.rip
+        instruction = self._instruction()
+        repeated = instruction.has_rep_prefix or instruction.has_repne_prefix
+        while True:
+            exit = self._one()
+            begun = self.statistics.instructions != before
+            if exit is not None or (begun and not (repeated and self.engine.env.rip == start)):
+                return exit
+            if begun and self.engine.context.kick:
+                return None

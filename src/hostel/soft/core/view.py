@@ -15,7 +15,7 @@ from .engine import Block, Engine
 from .env import bits_of
 from .scan import Scanner
 
-INT3 = 0xCC
+INT3 = b"\xcc"
 
 
 class SplitView:
@@ -26,11 +26,17 @@ class SplitView:
         self._scanner = scanner
         self.frames: dict[int, int] = {}
         """Pages that code was fetched from: page number, and frame."""
+        self.fetched: set[int] = set()
+        """Frames that blocks may have been translated from."""
         self.making = False
         """The translator looks at memory with INT3s in it."""
         self._statistics = statistics
         self._made: set[int] = set()
         self._request: tuple[Block, int] | None = None
+
+    def fetch(self, address: int, frame: int) -> None:
+        self.frames[address // PAGE] = frame
+        self.fetched.add(frame)
 
     def code(self, address: int, size: int) -> bytes:
         """Bytes of code as they are in memory, from the frames that they were fetched from."""
@@ -61,14 +67,16 @@ class SplitView:
         (block, offset), self._request = self._request, None
         at = block.pc + offset
         byte = self._physical.view(self.frames[at // PAGE] + at % PAGE, 1)
-        original = byte[0]
+        original = bytes(byte)
         self.making = True
         try:
-            byte[0] = INT3
+            byte[:] = INT3
             self._made.add(engine.retranslate(block))
         finally:
-            byte[0] = original
+            byte[:] = original
             self.making = False
 
     def forget_blocks(self) -> None:
         self._made.clear()
+        self.fetched.clear()
+        self.fetched.update(self.frames.values())
