@@ -94,12 +94,9 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.uc_mem_map_ptr.argtypes = pointer, u64, ctypes.c_size_t, ctypes.c_uint32, pointer
     lib.tlb_flush_x86_64.argtypes = (pointer,)
     lib.tlb_flush_page_x86_64.argtypes = pointer, u64
-    lib.helper_read_eflags_x86_64.argtypes = (pointer,)
-    lib.helper_read_eflags_x86_64.restype = u64
     lib.cpu_x86_cpuid_x86_64.argtypes = (pointer, *(ctypes.c_uint32,) * 2, *(pointer,) * 4)
-    for name in ("tlb_flush", "tlb_flush_page", "helper_read_eflags", "cpu_x86_cpuid"):
-        if name.startswith(("tlb", "cpu")):
-            getattr(lib, f"{name}_x86_64").restype = None
+    for name in ("tlb_flush", "tlb_flush_page", "cpu_x86_cpuid"):
+        getattr(lib, f"{name}_x86_64").restype = None
     return lib
 
 

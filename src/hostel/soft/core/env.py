@@ -6,15 +6,14 @@
     0x0b8 six segments, LDT, TR, GDT, IDT │ 0x1a8 cr[9] │ 0x250 efer
     0x25c x87, SSE … │ 0x1508 error_code … │ 0x1518 dr[8] │ 0x1578 old_exception
 
-Lazy flags: the arithmetic flags lie in ``cc_*`` as the last operation left them; loading makes them
-explicit, saving asks the library. ``hflags`` repeats what blocks of translated code depend on, and has to
-agree with the rest.
+While blocks run the arithmetic flags lie in ``cc_*``, as the last operation left them; when the engine starts
+it takes them out of ``eflags``, and puts them back when it stops. ``hflags`` repeats what translated code
+depends on, and has to agree with the rest.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from struct import Struct
 
 from hostel.soft.state import (
@@ -30,9 +29,9 @@ from hostel.soft.state import (
     Segment,
 )
 
-from .build import CPU_ENV, library
+from .build import CPU_ENV
 
-EIP, EFLAGS, CC, CC_OP, DF, HFLAGS, SEGMENTS = 0x80, 0x88, 0x90, 0xA8, 0xAC, 0xB0, 0xB8
+EIP, EFLAGS, HFLAGS, SEGMENTS = 0x80, 0x88, 0xB0, 0xB8
 CR, EFER, FPU, FPU_END, TSC_AUX, XCR0, PKRU = 0x1A8, 0x250, 0x25C, 0x12C0, 0x1320, 0x1328, 0x14B8
 ERROR_CODE, IS_INT, DR, OLD_EXCEPTION, FEATURES, SIZE = (
     0x1508,
@@ -42,15 +41,10 @@ ERROR_CODE, IS_INT, DR, OLD_EXCEPTION, FEATURES, SIZE = (
     0x1600,
     0x1B60,
 )
-_CC_EXPLICIT = 1
-_ARITHMETIC = 0x8D5
-_LAZY = _ARITHMETIC | 0x400  # and DF, which has a word of its own
-
 HF_CPL, HF_INHIBIT, HF_CS32, HF_SS32, HF_ADDSEG, HF_PE = 3, 8, 0x10, 0x20, 0x40, 0x80
 HF_TS_SHIFT, HF_LMA, HF_CS64, HF_OSFXSR, HF_SMAP = 9, 1 << 14, 1 << 15, 1 << 22, 1 << 23
 
 _GPR = Struct("<16Q")
-_HEAD = Struct("<QQQQQIiI")  # eip, eflags, cc_dst, cc_src, cc_src2, cc_op, df, hflags
 _SEGMENTS = Struct("<" + "I4xQII" * 10)
 _SEGMENTS_END = SEGMENTS + _SEGMENTS.size
 _RIGHTS = 0xF0FF
@@ -68,7 +62,6 @@ class Env:
         self.u64 = raw.cast("Q")
         self.u32 = raw.cast("I")
         self.i32 = raw.cast("i")
-        self._flags: Callable[[int], int] = library().helper_read_eflags_x86_64
         self._segments = b""
 
     @property
@@ -94,33 +87,17 @@ class Env:
         return bits_of(self.u32[HFLAGS // 4])
 
     @property
-    def rflags(self) -> int:
-        """All of RFLAGS, the lazy ones too."""
-        return self._flags(self.address) | RFLAGS_ONE
-
-    @property
     def error_code(self) -> int:
         return self.u32[ERROR_CODE // 4]
 
     # --- Exchange ---
 
     def load(self, state: CpuState) -> None:
-        raw, flags = self.bytes, state.rflags
-        _GPR.pack_into(raw, 0, *state.gpr)
-        _HEAD.pack_into(
-            raw,
-            EIP,
-            state.rip,
-            flags & ~_LAZY | RFLAGS_ONE,
-            0,
-            flags & _ARITHMETIC,
-            0,
-            _CC_EXPLICIT,
-            -1 if flags & 0x400 else 1,
-            hflags_of(state),
-        )
-        self._load_segments(state)
+        _GPR.pack_into(self.bytes, 0, *state.gpr)
         u64 = self.u64
+        u64[EIP // 8], u64[EFLAGS // 8] = state.rip, state.rflags | RFLAGS_ONE
+        self.u32[HFLAGS // 4] = hflags_of(state)
+        self._load_segments(state)
         u64[CR // 8], u64[CR // 8 + 3], u64[CR // 8 + 4] = state.cr0, state.cr3, state.cr4
         u64[EFER // 8], u64[XCR0 // 8] = state.efer, state.xcr0
         u64[DR // 8 + 6], u64[DR // 8 + 7] = state.dr6, 0x400  # breakpoints are not armed
@@ -143,7 +120,7 @@ class Env:
         raw, u64 = self.bytes, self.u64
         state.gpr[:] = _GPR.unpack_from(raw, 0)
         state.rip = u64[EIP // 8]
-        state.rflags = self._flags(self.address) | RFLAGS_ONE
+        state.rflags = u64[EFLAGS // 8] | RFLAGS_ONE
         if raw[SEGMENTS:_SEGMENTS_END] != self._segments:
             self._save_segments(state)
         inhibited = self.u32[HFLAGS // 4] & HF_INHIBIT
