@@ -20,6 +20,7 @@ from hostel.soft.state import (
     CR4_LA57,
     CR4_OSFXSR,
     CR4_PAE,
+    CR4_PGE,
     CR4_PSE,
     CR4_SMAP,
     CR4_SMEP,
@@ -71,7 +72,7 @@ _HF_CODE64 = 0x8030
 _HF2_GIF, _HF2_NMI, _HF2_NPT = 1, 4, 1 << 6
 _UNUSABLE = 1 << 16
 _CR0_TRANSLATES = CR0_PG | CR0_WP | CR0_PE
-_CR4_TRANSLATES = CR4_PAE | CR4_PSE | CR4_SMEP | CR4_SMAP | CR4_LA57
+_CR4_TRANSLATES = CR4_PAE | CR4_PSE | CR4_PGE | CR4_SMEP | CR4_SMAP | CR4_LA57
 _EFER_TRANSLATES = EFER_NXE | EFER_LMA
 _SEGMENTS = "es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr"
 
