@@ -1,4 +1,4 @@
-"""The contract between the monitor and whatever runs vCPUs (KVM; later our software hypervisor).
+"""The contract between the monitor and what runs vCPUs: KVM (``kvm/``), or our own hypervisor (``soft/``).
 
 A raw exit is parsed once, by the hypervisor, into one of the values below; the monitor dispatches on
 their type and nobody else looks at a ``kvm_run`` page.
@@ -10,6 +10,7 @@ the vCPU is entered again (KVM api.rst, "KVM_EXIT_IO").
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -76,10 +77,12 @@ class IoapicEoi(msgspec.Struct):
 
 
 class InternalError(msgspec.Struct):
-    """KVM could not emulate what the guest did."""
+    """The hypervisor could not go on with what the guest did."""
 
     suberror: int
     data: tuple[int, ...]
+    words: str = ""
+    """What it was, where the hypervisor says more than a number."""
 
 
 class FailEntry(msgspec.Struct):
@@ -128,8 +131,18 @@ class GsiRoute(msgspec.Struct, frozen=True):
     """A message, or ``(irqchip, pin)`` with KVM_IRQCHIP_* numbers."""
 
 
+class Statistics(Protocol):
+    """Counters of a VM or a vCPU, readable while it runs."""
+
+    def read(self) -> dict[str, int | list[int]]: ...
+    def close(self) -> None: ...
+
+
 class Vcpu(Protocol):
-    """One virtual processor. All but ``kick`` belong to the thread that runs it."""
+    """One virtual processor. All but ``kick`` belong to the thread that runs it.
+
+    A new one waits for its start-up message, but for number 0, which waits to be given its state.
+    """
 
     id: int
 
@@ -141,6 +154,15 @@ class Vcpu(Protocol):
     def set_regs(self, regs: abi.Regs) -> None: ...
     def get_sregs(self) -> abi.Sregs: ...
     def set_sregs(self, sregs: abi.Sregs) -> None: ...
+    def get_msrs(self, indices: Sequence[int]) -> dict[int, int]: ...
+    def set_msrs(self, values: Mapping[int, int]) -> None: ...
+    def set_cpuid(self, entries: Sequence[abi.CpuidEntry2]) -> None:
+        """Before the first ``run``."""
+
+    def get_tsc_khz(self) -> int: ...
+    def get_lapic(self) -> abi.LapicState: ...
+    def set_lapic(self, state: abi.LapicState) -> None: ...
+    def open_stats(self) -> Statistics: ...
     def close(self) -> None: ...
 
 
@@ -150,6 +172,11 @@ class Vm(Protocol):
     def map(
         self, slot: int, region: Region, *, read_only: bool = False, log_dirty: bool = False
     ) -> None: ...
+    def unmap(self, slot: int) -> None: ...
+    def create_chipset(self, reserved: int) -> None:
+        """PICs, IOAPIC, PIT, and with each vCPU a LAPIC. ``reserved``: the GPA of four pages without RAM
+        and devices, which the hypervisor may need for itself."""
+
     def create_vcpu(self, id: int) -> Vcpu: ...
     def irq_line(self, gsi: int, level: bool) -> None: ...
     def signal_msi(self, message: MsiMessage) -> bool: ...
@@ -165,4 +192,16 @@ class Vm(Protocol):
     ) -> None: ...
     def irqfd(self, gsi: int, fd: int, *, assign: bool = True) -> None: ...
     def set_gsi_routes(self, routes: list[GsiRoute]) -> None: ...
+    def open_stats(self) -> Statistics: ...
+    def close(self) -> None: ...
+
+
+class System(Protocol):
+    """A hypervisor: what it can show a guest, and new VMs, which live on after ``close``."""
+
+    def supported_cpuid(self) -> list[abi.CpuidEntry2]: ...
+    def has_tsc_deadline(self) -> bool:
+        """Whether its LAPIC timer has a TSC-deadline mode; no CPUID leaf of ``supported_cpuid`` says so."""
+
+    def create_vm(self) -> Vm: ...
     def close(self) -> None: ...

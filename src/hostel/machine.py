@@ -440,7 +440,7 @@ def run(
 
 def make_engine(plan: Plan) -> Engine:
     """The engine that the plan names, not started."""
-    if plan.engine == "kvm":
+    if plan.engine != "qemu":
         from .monitor import Monitor
 
         return Monitor(plan)

@@ -86,7 +86,7 @@ class Plan(msgspec.Struct, frozen=True):
     """Everything an engine needs."""
 
     spec: MachineSpec
-    engine: Literal["kvm", "qemu"]
+    engine: Literal["kvm", "qemu", "soft"]
     reason: str
     """Why this engine, for a person."""
     kernel: Path

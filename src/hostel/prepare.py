@@ -27,7 +27,7 @@ from .host.attaching import foreseen, interfaces
 from .host.inputs import checked_disks, readable
 from .host.verdict import verdict
 from .plan import Drive, Plan, Share, Vsock
-from .spec import Disk, MachineSpec
+from .spec import Disk, MachineSpec, Soft
 
 if TYPE_CHECKING:
     from .guest.steps import Step
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class Choice(msgspec.Struct, frozen=True):
-    engine: Literal["kvm", "qemu"]
+    engine: Literal["kvm", "qemu", "soft"]
     accel: Literal["kvm", "tcg"]
     reason: str
 
@@ -47,6 +47,8 @@ def choose_engine(spec: MachineSpec) -> Choice:
 
     A named engine that cannot work is an error with the reason.
     """
+    if spec.engine == "soft":
+        return Choice("soft", "kvm", _soft(spec))
     report = verdict()
     if spec.engine == "kvm" and not report.usable:
         raise KvmError(
@@ -60,6 +62,14 @@ def choose_engine(spec: MachineSpec) -> Choice:
     if report.usable:
         return Choice("qemu", "kvm", f"as asked, on KVM: {report.reason}")
     return Choice("qemu", "tcg", f"emulated by QEMU: {report.reason}")
+
+
+def _soft(spec: MachineSpec) -> str:
+    """That it can work here, and how it will."""
+    from .soft.extra import unicorn_version
+
+    how = spec.soft or Soft()
+    return f"as asked: unicorn {unicorn_version()}, paging {how.paging}, trap {how.trap}"
 
 
 class Preparation(msgspec.Struct, frozen=True):
@@ -97,6 +107,11 @@ def prepare(
     from .boot import initramfs
     from .guest.build import agent_binary
 
+    if spec.engine == "soft":
+        raise SpecError(
+            "engine soft is for small kernels of one's own, not for Linux and its agent",
+            cure="hostel boot --engine soft --kernel IMAGE",
+        )
     served = root.shared_paths(spec)
     disks = (*checked_disks(spec.disks), *root.root_disk(spec))
     choice = choose_engine(spec)
@@ -154,6 +169,11 @@ def _share_notes(spec: MachineSpec, served: Sequence[Served]) -> Iterator[str]:
 
 def prepare_raw(spec: MachineSpec, runtime: Path, *, networks: Networks | None = None) -> Plan:
     """The plan of ``hostel boot``: any kernel, as it is, with no agent."""
+    if spec.engine == "soft" and not spec.kernel:
+        raise SpecError(
+            "engine soft has no kernel of its own: the newest Linux is not for it",
+            cure="give it one of yours (--kernel IMAGE)",
+        )
     image = kernels.find(spec.kernel)
     choice = choose_engine(spec)
     disks = checked_disks(spec.disks)

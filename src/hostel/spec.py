@@ -18,7 +18,9 @@ import msgspec
 
 from .errors import SpecError
 
-EngineName = Literal["auto", "kvm", "qemu"]
+EngineName = Literal["auto", "kvm", "qemu", "soft"]
+Paging = Literal["ept", "shadow"]
+Trap = Literal["translate", "intercept"]
 Transport = Literal["pci", "mmio"]
 CacheMode = Literal["writeback", "writethrough", "none", "unsafe"]
 DiskFormat = Literal["auto", "raw", "qcow2", "vmdk", "vhdx"]
@@ -284,11 +286,23 @@ class Root(_Part, frozen=True):
     """Who serves the host's files or a directory: see ``Volume``."""
 
 
+class Soft(_Part, frozen=True):
+    """How engine ``soft`` virtualizes memory and processor (docs/soft.md)."""
+
+    paging: Paging = "ept"
+    """Tables of the hypervisor behind the guest's (nested paging), or instead of them (shadow)."""
+    trap: Trap = "translate"
+    """Sensitive instructions exit because they are replaced in what is fetched, or because the core's own
+    virtualization (SVM) intercepts them."""
+
+
 class MachineSpec(_Part, frozen=True):
     """A machine. Every field has the meaning of the option of ``hostel run`` with its name."""
 
     name: str = ""
     engine: EngineName = "auto"
+    soft: Soft | None = None
+    """For engine ``soft`` only; None: its defaults."""
     cpus: int = 1
     pin: tuple[int, ...] = ()
     """pCPU of each vCPU, in order; empty: the scheduler decides."""
@@ -323,6 +337,8 @@ class MachineSpec(_Part, frozen=True):
             raise SpecError(f"cpus must be 1 to {MAX_CPUS}, not {self.cpus}")
         if self.memory < MIN_MEMORY:
             raise SpecError(f"memory must be at least {MIN_MEMORY >> 20}M, not {self.memory} bytes")
+        if self.soft and self.engine != "soft":
+            raise SpecError("paging and trap are words of engine soft", cure="add --engine soft")
         if self.pin and len(self.pin) != self.cpus:
             raise SpecError(f"pin names {len(self.pin)} pCPUs for {self.cpus} vCPUs")
         if self.name and not re.fullmatch(_NAME, self.name):

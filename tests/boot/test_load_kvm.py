@@ -41,8 +41,8 @@ def boot(
     rsdp = write_tables(memory, AcpiConfig(apic_ids=(0,)))
     entry = load_kernel(memory, path, cmdline="one two=3", initrd=initrd, rsdp=rsdp)
     with System() as system, system.create_vm() as vm:
-        vm.set_identity_map_address(layout.KVM_IDENTITY_MAP)
-        vm.set_tss_address(layout.KVM_TSS)
+        vm.set_identity_map_address(layout.HYPERVISOR_PAGES)
+        vm.set_tss_address(layout.HYPERVISOR_PAGES + 0x1000)
         for slot, region in enumerate(memory.regions):
             vm.map(slot, region)
         with vm.create_vcpu(0) as vcpu:

@@ -107,7 +107,7 @@ USAGE = [
     (["run", "--cpus", "33", "true"], "cpus must be 1 to 32, not 33"),
     (["run", "-m", "lots", "true"], "not a size: 'lots'"),
     (["run", "-m", "1K", "true"], "memory must be at least 32M"),
-    (["run", "--engine", "soft", "true"], "'soft' is not one of 'auto', 'kvm', 'qemu'"),
+    (["run", "--engine", "soft", "true"], "not for Linux"),
     (["run", "-v", "nothing", "true"], "not a volume: 'nothing'"),
     (["run", "--tmpfs", "relative", "true"], "must be absolute"),
     (["run", "--timeout", "soon", "true"], "not a duration: 'soon'"),

@@ -14,12 +14,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from guests.kernels import elf
 from guests.tiny import assemble
 from hostel.monitor import Monitor
-from hostel.plan import Plan
+from hostel.plan import Drive, Plan
 from hostel.spec import MachineSpec
 
 PATIENCE = 20.0
@@ -43,20 +43,27 @@ def say(text: str) -> str:
 
 
 @contextmanager
-def planned(source: str, *, agent: bool = False, **spec: Any) -> Iterator[Plan]:
+def planned(
+    source: str,
+    *,
+    agent: bool = False,
+    engine: Literal["kvm", "soft"] = "kvm",
+    disks: tuple[Drive, ...] = (),
+    **spec: Any,
+) -> Iterator[Plan]:
     """The plan of such a machine."""
     with tempfile.TemporaryDirectory(prefix="hostel-test-") as directory:
         image = Path(directory) / "kernel"
         image.write_bytes(kernel(source))
         yield Plan(
-            spec=MachineSpec(memory=32 << 20, on_reboot="stop").replace(**spec),
-            engine="kvm",
+            spec=MachineSpec(memory=32 << 20, on_reboot="stop").replace(engine=engine, **spec),
+            engine=engine,
             reason="a test",
             kernel=image,
             release="",
             initrd=None,
             cmdline="",
-            disks=(),
+            disks=disks,
             shares=(),
             runtime=Path(directory),
             agent=agent,
@@ -64,9 +71,9 @@ def planned(source: str, *, agent: bool = False, **spec: Any) -> Iterator[Plan]:
 
 
 @contextmanager
-def machine(source: str, *, agent: bool = False, **spec: Any) -> Iterator[Monitor]:
-    """Started; stopped at the end."""
-    with planned(source, agent=agent, **spec) as plan:
+def machine(source: str, **given: Any) -> Iterator[Monitor]:
+    """Started; stopped at the end. ``given`` is for ``planned``."""
+    with planned(source, **given) as plan:
         monitor = Monitor(plan)
         try:
             monitor.start()

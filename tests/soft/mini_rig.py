@@ -55,8 +55,8 @@ def on_kvm(guest: mini.Guest, memory: GuestMemory) -> Iterator[list[Vcpu]]:
     with ExitStack() as undo:
         system = undo.enter_context(System())
         vm = undo.enter_context(system.create_vm())
-        vm.set_identity_map_address(layout.KVM_IDENTITY_MAP)
-        vm.set_tss_address(layout.KVM_TSS)
+        vm.set_identity_map_address(layout.HYPERVISOR_PAGES)
+        vm.set_tss_address(layout.HYPERVISOR_PAGES + 0x1000)
         for slot, region in enumerate(memory.regions):
             vm.map(slot, region)
         if guest.irqchip:

@@ -15,7 +15,7 @@ from typing import Any
 from hostel.abi import pci as pci_abi
 from hostel.abi import virtio as abi
 from hostel.errors import KvmError
-from hostel.hypervisor import GsiRoute, MsiMessage, Vcpu, Vm
+from hostel.hypervisor import GsiRoute, MsiMessage, Statistics, Vcpu, Vm
 from hostel.memory import GuestMemory, Region
 from hostel.virtio.device import VirtioDevice
 from hostel.virtio.mmio import VirtioMmio
@@ -80,6 +80,8 @@ class FakeVm:
     def map(
         self, slot: int, region: Region, *, read_only: bool = False, log_dirty: bool = False
     ) -> None: ...
+    def unmap(self, slot: int) -> None: ...
+    def create_chipset(self, reserved: int) -> None: ...
     def create_vcpu(self, id: int) -> Vcpu:
         raise AssertionError("no vCPUs here")
 
@@ -88,6 +90,9 @@ class FakeVm:
 
     def signal_msi(self, message: MsiMessage) -> bool:
         return True
+
+    def open_stats(self) -> Statistics:
+        raise AssertionError("no counters here")
 
     def close(self) -> None: ...
 

@@ -62,7 +62,7 @@ UNSEEN = (
 def defaults(purpose: Purpose, *, engine: str, accel: Accelerator = "kvm") -> tuple[Default, ...]:
     return (
         *ALWAYS,
-        *(OWN_HARDWARE if engine == "kvm" else ()),
+        *(OWN_HARDWARE if engine != "qemu" else ()),
         *(EMULATED if accel == "tcg" else ()),
         *(UNSEEN if purpose == "run" else ()),
     )

@@ -21,7 +21,7 @@ import click
 
 from hostel.errors import HostelError
 from hostel.plan import Ending, Engine
-from hostel.spec import DEFAULT_MEMORY, MachineSpec, Root
+from hostel.spec import DEFAULT_MEMORY, MachineSpec, Root, Soft
 
 from . import network, terminal
 from . import options as opt
@@ -38,6 +38,18 @@ _CHUNK = 4096
 @click.command("boot", cls=opt.Command)
 @network.options
 @opt.machine
+@option(
+    "Machine",
+    "--paging",
+    type=click.Choice(["ept", "shadow"]),
+    help="Engine soft: how it virtualizes memory. [default: ept]",
+)
+@option(
+    "Machine",
+    "--trap",
+    type=click.Choice(["translate", "intercept"]),
+    help="Engine soft: how sensitive instructions come to it. [default: translate]",
+)
 @option(
     "Machine",
     "--timeout",
@@ -58,6 +70,8 @@ def command(timeout: float | None, **given: Any) -> int:
     net, plane, allow = (given.pop(name) for name in ("net", "net_plane", "allow"))
     given["nics"] = network.nics(net, plane, allow, lambda: None)
     given["publish"] = network.ports(given["publish"])
+    soft = {name: value for name in ("paging", "trap") if (value := given.pop(name))}
+    given["soft"] = Soft(**soft) if soft else None
     spec = MachineSpec(**given, root=Root(kind="none"))
     with _started(spec) as engine:
         return _Session(engine).run(timeout)

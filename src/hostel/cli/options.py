@@ -249,9 +249,9 @@ def machine(function: F) -> F:
         option(
             section,
             "--engine",
-            type=click.Choice(["auto", "kvm", "qemu"]),
+            type=click.Choice(["auto", "kvm", "qemu", "soft"]),
             default="auto",
-            help="What runs it; auto takes kvm if this host's KVM runs Linux at speed, else qemu.",
+            help="What runs it; auto: kvm if this host's runs Linux at speed, else qemu; never soft.",
         ),
         option(section, "--cpus", type=int, default=1, metavar="N", help="vCPUs. [default: 1]"),
         option(

@@ -37,7 +37,7 @@ def foreseen(spec: MachineSpec, runtime: Path) -> Networks:
     return preview(spec.nics, spec.publish, runtime, machine_name(spec), cpus=spec.cpus)
 
 
-def interfaces(networks: Networks, engine: Literal["kvm", "qemu"]) -> tuple[Interface, ...]:
+def interfaces(networks: Networks, engine: Literal["kvm", "qemu", "soft"]) -> tuple[Interface, ...]:
     """What the engine is to make; ``SpecError`` for what it has not."""
     found = tuple(one.interface for one in networks.attachments)
     if engine == "qemu" and any(one.limits != Limits() for one in found):

@@ -122,6 +122,15 @@ def _qemu() -> Finding:
     return Finding("QEMU", "ok", f"{path}, {text.split(' (')[0].removeprefix('QEMU emulator ')}")
 
 
+def _soft() -> Finding:
+    from hostel.soft.extra import unicorn_version
+
+    try:
+        return Finding("engine soft", "ok", f"unicorn {unicorn_version()}")
+    except MissingTool as error:
+        return Finding("engine soft", "missing", error.message, error.cost, error.cure)
+
+
 def _kernels() -> Finding:
     name = "guest kernel"
     cost = "a machine needs one, unless --kernel gives it"
@@ -407,6 +416,7 @@ def _word(path: str) -> str:
 CHECKS: tuple[Callable[[], Finding], ...] = (
     _kvm,
     _qemu,
+    _soft,
     _kernels,
     _virtiofsd,
     _compiler,

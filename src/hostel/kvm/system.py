@@ -48,6 +48,10 @@ class System:
         )
         return cpuid_entries(buffer)
 
+    def has_tsc_deadline(self) -> bool:
+        """KVM_CAP_TSC_DEADLINE_TIMER: KVM_GET_SUPPORTED_CPUID does not tell (api.rst §4.46)."""
+        return bool(self.check(abi.CAP_TSC_DEADLINE_TIMER))
+
     def msr_indices(self) -> list[int]:
         """KVM_GET_MSR_INDEX_LIST, api.rst §4.3: the MSRs that make up a vCPU's state."""
         return msr_indices(

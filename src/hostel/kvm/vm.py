@@ -96,6 +96,13 @@ class Vm:
         """KVM_CREATE_IRQCHIP, api.rst §4.24: PIC, IOAPIC and each vCPU's LAPIC in the kernel."""
         call(self.fd, "KVM_CREATE_IRQCHIP", abi.CREATE_IRQCHIP)
 
+    def create_chipset(self, reserved: int) -> None:
+        """What our machine has in the kernel; ``reserved`` is where KVM keeps its identity map and TSS."""
+        self.set_identity_map_address(reserved)
+        self.set_tss_address(reserved + PAGE)
+        self.create_irqchip()
+        self.create_pit()
+
     def create_split_irqchip(self, pins: int = abi.IOAPIC_NUM_PINS) -> None:
         """KVM_CAP_SPLIT_IRQCHIP, api.rst §7.5: only the LAPICs in the kernel; an IOAPIC of
         ``pins`` pins is ours to model."""

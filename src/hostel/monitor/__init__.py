@@ -1,4 +1,4 @@
-"""Engine ``kvm``: the machine, wired.
+"""Engines ``kvm`` and ``soft``: the machine, wired.
 
 ::
 

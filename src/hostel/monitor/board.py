@@ -12,7 +12,7 @@ console and the event loop are the monitor's and outlive it.
 A kernel runs for a while before it looks for devices. So it is started before they are there: their
 buses are held back, and a vCPU that comes to one early waits.
 
-In the kernel are: the PIC, the IOAPIC, the LAPICs (each would cost an exit an interrupt) and the PIT,
+In the hypervisor are: the PIC, the IOAPIC, the LAPICs (each would cost an exit an interrupt) and the PIT,
 which a kernel that knows kvm-clock never touches, but which small kernels live by.
 """
 
@@ -21,15 +21,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hostel.abi import kvm as abi
 from hostel.boot.acpi import AcpiConfig, MmioDevice, write_tables
 from hostel.console import Console
 from hostel.errors import HostelError
-from hostel.kvm import System, Vcpu, Vm
+from hostel.hypervisor import System, Vcpu, Vm
 from hostel.plan import Plan
+from hostel.spec import Soft
 from hostel.vmm import cpu, layout
 from hostel.vmm.bus import Bus, Device
 from hostel.vmm.irq import InterruptTable
@@ -44,6 +44,18 @@ if TYPE_CHECKING:
     from hostel.vmm.pci import PciBus, PciFunction
 
     from .terminal import Terminal
+
+
+def open_hypervisor(plan: Plan) -> System:
+    """Of the plan's engine."""
+    if plan.engine == "soft":
+        from hostel.soft.vm import System as SoftSystem
+
+        how = plan.spec.soft or Soft()
+        return SoftSystem(paging=how.paging, trap=how.trap)
+    from hostel.kvm import System as KvmSystem
+
+    return KvmSystem()
 
 
 class Named(Protocol):
@@ -105,10 +117,11 @@ class Board:
             raise
 
     def _build(self, loading: Loading) -> None:
-        with System() as system:
-            self.vm = self._undo.enter_context(system.create_vm())
+        with closing(open_hypervisor(self.plan)) as system:
+            self.vm = system.create_vm()
+            self._undo.callback(self.vm.close)
             self._map_memory()
-            self._create_irqchip()
+            self.vm.create_chipset(layout.HYPERVISOR_PAGES)
             self.interrupts = InterruptTable(self.vm)
             self._undo.callback(self.interrupts.close)
             self.ports, self.mmio = Bus(), Bus()
@@ -168,12 +181,6 @@ class Board:
         for slot, region in enumerate(self.memory.regions):
             self.vm.map(slot, region)
 
-    def _create_irqchip(self) -> None:
-        self.vm.set_identity_map_address(layout.KVM_IDENTITY_MAP)
-        self.vm.set_tss_address(layout.KVM_TSS)
-        self.vm.create_irqchip()
-        self.vm.create_pit()
-
     def _seat_devices(self) -> None:
         from . import seats
 
@@ -203,12 +210,15 @@ class Board:
         write_tables(self.memory, tables)
 
     def _create_vcpu(self, id: int) -> Vcpu:
-        return self._undo.enter_context(self.vm.create_vcpu(id))
+        vcpu = self.vm.create_vcpu(id)
+        self._undo.callback(vcpu.close)
+        return vcpu
 
     def _prepare_vcpus(self, system: System) -> None:
-        """The boot processor enters the kernel; the others wait in KVM for its start-up message."""
+        """The boot processor enters the kernel; the others wait, in the hypervisor, for its start-up
+        message."""
         supported = system.supported_cpuid()
-        tsc_deadline = bool(system.check(abi.CAP_TSC_DEADLINE_TIMER))
+        tsc_deadline = system.has_tsc_deadline()
         tsc_khz = self.vcpus[0].get_tsc_khz()
         for vcpu in self.vcpus:
             vcpu.set_cpuid(
@@ -277,7 +287,7 @@ class Board:
             "virtio": {device.name: device.statistics() for device in self.virtio},
             "cards": {card.name: card.statistics() for card in self.cards},
             "exits": [thread.exits for thread in self.threads],
-            "kvm": self._kvm_statistics(),
+            self.plan.engine: self._hypervisor_statistics(),
         }
 
     def _open_statistics(self) -> None:
@@ -288,7 +298,7 @@ class Board:
         for stats in self._vcpu_stats:
             self._undo.callback(stats.close)
 
-    def _kvm_statistics(self) -> dict[str, Any]:
+    def _hypervisor_statistics(self) -> dict[str, Any]:
         return {
             "vm": self._vm_stats.read(),
             "vcpus": [stats.read() for stats in self._vcpu_stats],

@@ -1,4 +1,4 @@
-"""One machine of engine ``kvm``, from ``start`` to its ending.
+"""One machine of engine ``kvm`` or ``soft``, from ``start`` to its ending.
 
 ::
 
@@ -317,7 +317,7 @@ class Monitor:
 
     def _own_statistics(self) -> dict[str, Any]:
         return {
-            "engine": "kvm",
+            "engine": self.plan.engine,
             "restarts": self.restarts,
             "faults": self.faults,
             "console_bytes": self.console.total,

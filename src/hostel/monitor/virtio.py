@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from hostel.boot.acpi import MmioDevice
 from hostel.errors import SpecError
-from hostel.kvm import Vm
+from hostel.hypervisor import Vm
 from hostel.memory import Region
 from hostel.plan import AGENT_PORT, Drive, Vsock
 from hostel.virtio.console import Console as VirtioConsole

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
+from ctypes import c_char
 from struct import Struct
 
 import msgspec
 
 from hostel.errors import HostError, MemoryFault
-from hostel.memory import GuestMemory
+from hostel.memory import GuestMemory, Region
 
 PAGE = 4096
 RAM_BASE = 4 << 30
@@ -60,6 +61,14 @@ class PhysicalMemory:
             self._add(span, memory.view(region.gpa, region.size))
             spans.append(span)
         return spans
+
+    def attach_region(self, region: Region) -> Span:
+        """The same for bytes that are mapped already, whose owner keeps them so for as long as we are."""
+        span = Span(self._next, region.size, region.hva)
+        self._next += -(-region.size // _GIB) * _GIB
+        array = (c_char * region.size).from_address(region.hva)
+        self._add(span, memoryview(array).cast("B"))
+        return span
 
     def _add(self, span: Span, view: memoryview) -> None:
         self._starts.append(span.hpa)

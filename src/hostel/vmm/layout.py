@@ -8,7 +8,7 @@
     0xE800_0000  virtio-mmio slots, 4 KiB each
     0xFEC0_0000  IOAPIC
     0xFEE0_0000  LAPIC
-    0xFFFB_C000  KVM's identity map and TSS (Intel without unrestricted guest)
+    0xFFFB_C000  four pages for the hypervisor (KVM's identity map and TSS: Intel without unrestricted guest)
     4 GiB        RAM (high)
     end of RAM   PCI MMIO window, 64-bit, from the next 1 GiB boundary
 """
@@ -31,8 +31,7 @@ VIRTIO_MMIO_STRIDE = 0x1000
 
 IOAPIC_ADDRESS = 0xFEC0_0000
 LAPIC_ADDRESS = 0xFEE0_0000
-KVM_IDENTITY_MAP = 0xFFFB_C000
-KVM_TSS = 0xFFFB_D000
+HYPERVISOR_PAGES = 0xFFFB_C000
 
 # Low memory, as a boot loader uses it.
 GDT_ADDRESS = 0x500

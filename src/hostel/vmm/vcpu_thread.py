@@ -153,17 +153,21 @@ def describe(exit: Exit) -> str:
     match exit:
         case ShutdownExit():
             return "triple fault"
-        case InternalError(suberror, data):
-            words = _INTERNAL_ERRORS.get(suberror, f"internal error {suberror}")
-            return f"KVM met {words} ({' '.join(f'{word:#x}' for word in data[:4])})"
+        case InternalError():
+            return exit.words or _internal_error(exit)
         case FailEntry(reason):
             return f"the processor refused to enter the guest, reason {reason:#x}"
         case HaltExit():
             return "halted with no interrupt controller to wake it"
         case UnknownExit(reason):
-            return f"KVM exit {reason}, which was never asked for"
+            return f"exit {reason}, which was never asked for"
         case _:
             return f"{type(exit).__name__}, which was never asked for"
+
+
+def _internal_error(exit: InternalError) -> str:
+    words = _INTERNAL_ERRORS.get(exit.suberror, f"internal error {exit.suberror}")
+    return f"KVM met {words} ({' '.join(f'{word:#x}' for word in exit.data[:4])})"
 
 
 def registers(vcpu: Vcpu) -> str:

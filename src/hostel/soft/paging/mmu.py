@@ -131,12 +131,12 @@ class PagingMmu:
     def flush(self, controls: Controls, *, keep_global: bool) -> None:
         self.tlb.flush(_tag(controls)[0], keep_global=keep_global)
 
-    def invvpid(self, type: Invvpid, vpid: int, address: int = 0) -> None:
+    def invvpid(self, type: int, vpid: int, address: int = 0) -> None:
         """The instruction, once its operands were found good."""
-        self.tlb.invvpid(type, vpid, address)
+        self.tlb.invvpid(Invvpid(type), vpid, address)
 
-    def invept(self, type: Invept, pointer: int = 0) -> None:
-        self.tlb.invept(type, pointer & ADDRESS)
+    def invept(self, type: int, pointer: int = 0) -> None:
+        self.tlb.invept(Invept(type), pointer & ADDRESS)
 
 
 def _tag(controls: Controls) -> tuple[int, int]:

@@ -1,0 +1,114 @@
+"""Engine ``soft`` under the monitor: the machines of ``tests/test_monitor.py``, on our own hypervisor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from guests.machine import PATIENCE, POWEROFF, RESET, SPIN, machine, say
+from hostel.errors import SpecError
+from hostel.monitor import Monitor
+from hostel.plan import Ending
+from hostel.spec import MachineSpec, Soft
+
+WAYS = [
+    Soft(paging=paging, trap=trap)
+    for paging in ("ept", "shadow")
+    for trap in ("translate", "intercept")
+]
+
+
+@pytest.fixture(params=WAYS, ids=lambda way: f"{way.paging}-{way.trap}")
+def way(request: pytest.FixtureRequest) -> Soft:
+    found: Soft = request.param
+    return found
+
+
+@contextmanager
+def soft(source: str, way: Soft, **given: Any) -> Iterator[Monitor]:
+    with machine(source, engine="soft", soft=way, **given) as monitor:
+        yield monitor
+
+
+def ending(monitor: Monitor) -> Ending:
+    result = monitor.wait(PATIENCE)
+    assert result is not None, "the machine did not end"
+    return result
+
+
+def test_serial_output_then_poweroff(way: Soft) -> None:
+    with soft(say("hello\nworld") + POWEROFF, way) as monitor:
+        assert ending(monitor) == Ending("poweroff")
+        assert monitor.console.history() == b"hello\nworld"
+
+
+def test_reset(way: Soft) -> None:
+    with soft(RESET, way) as monitor:
+        assert ending(monitor) == Ending("reset")
+
+
+def test_debug_ports(way: Soft) -> None:
+    source = "in $0xe9, %al; out %al, $0xe9; mov $0x10, %al; out %al, $0xf4" + SPIN
+    with soft(source, way) as monitor:
+        assert ending(monitor) == Ending("debug-exit", code=33)
+        assert monitor.console.history() == b"\xe9"
+
+
+def test_rep_outs_is_one_exit(way: Soft) -> None:
+    source = "mov $text, %esi; mov $5, %ecx; mov $0xe9, %dx; cld; rep outsb" + POWEROFF
+    with soft(source + '; text: .ascii "hallo"', way) as monitor:
+        assert ending(monitor) == Ending("poweroff")
+        assert monitor.console.history() == b"hallo"
+        assert monitor.statistics()["exits"][0]["PioExit"] == 2
+
+
+# -- hostile guests ---------------------------------------------------------------------------
+
+
+def test_triple_fault(way: Soft) -> None:
+    with soft("lidt none; int3; none: .word 0; .long 0", way) as monitor:
+        found = ending(monitor)
+        assert found.kind == "crash"
+        assert "triple fault" in found.detail
+
+
+def test_endless_loop_stops_at_once(way: Soft) -> None:
+    with soft("cli" + SPIN, way) as monitor:
+        time.sleep(0.1)
+        begun = time.monotonic()
+        monitor.stop()
+        assert time.monotonic() - begun < 2
+        assert ending(monitor) == Ending("stopped")
+
+
+def test_jump_to_nowhere(way: Soft) -> None:
+    with soft("mov $0xd0000000, %eax; jmp *%eax", way) as monitor:
+        found = ending(monitor)
+        assert found.kind == "crash"
+        assert "no memory" in found.detail
+
+
+@pytest.mark.parametrize("instruction", ["vmcall", "vmxoff", "vmlaunch", "vmread %eax, %ebx"])
+def test_vmx_is_undefined_in_a_guest(way: Soft, instruction: str) -> None:
+    with soft(WITH_UD_GATE.format(instruction), way) as monitor:
+        assert ending(monitor) == Ending("debug-exit", code=2 * 6 + 1)
+
+
+WITH_UD_GATE = (
+    "mov $stack, %esp; mov $handler, %eax; mov %ax, gate; shr $16, %eax; mov %ax, gate + 6; lidt idtr; {}"
+    "; handler: mov $6, %al; out %al, $0xf4" + SPIN + "\n"
+    ".balign 8\nidt: .fill 48, 1, 0\ngate: .word 0, 0x10, 0x8e00, 0\nidtr: .word gate + 7 - idt; .long idt\n"
+    ".fill 256, 1, 0\nstack:"
+)  # fmt: skip
+
+
+# -- a description ----------------------------------------------------------------------------
+
+
+def test_words_of_soft_are_for_engine_soft() -> None:
+    with pytest.raises(SpecError, match="words of engine soft"):
+        MachineSpec(engine="kvm", soft=Soft(paging="shadow"))
