@@ -37,9 +37,9 @@ class Outcome(NamedTuple):
 
 
 class Machine:
-    """One vCPU on one pCPU. A context manager."""
+    """vCPUs that take turns on one pCPU. A context manager."""
 
-    def __init__(self, way: str, *, ram: int = RAM, **options: bool | int) -> None:
+    def __init__(self, way: str, *, ram: int = RAM, cpus: int = 1, **options: bool | int) -> None:
         self.way = way
         self.physical = PhysicalMemory(2048)
         self.memory = GuestMemory(ram)
@@ -50,19 +50,19 @@ class Machine:
         self.map.add(ROM, PAGE, self.rom, read_only=True)
         self.paging = _virtualizer(way, self.physical, self.map, options)
         self.mmu = PagingMmu(self.physical, tlb_size=64)
-        self.cpus = [self.add_cpu(1)]
-
-    def add_cpu(self, vpid: int) -> Cpu:
-        return Cpu(self, vpid)
+        self.cpus = [Cpu(self, vpid + 1) for vpid in range(cpus)]
+        self.running = 0
 
     @property
     def cpu(self) -> Cpu:
-        return self.cpus[0]
+        return self.cpus[self.running]
 
     def __enter__(self) -> Machine:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for cpu in self.cpus:
+            cpu.close()
         if self.paging is not None:
             self.paging.close()
         self.physical.free(self.rom)
@@ -144,6 +144,10 @@ class Cpu:
         self.machine.memory.write_u64(at.gpa, value)
         if self.emulated and self.paging is not None:
             self.paging.wrote(at.gpa, 8)
+
+    def close(self) -> None:
+        if self.paging is not None:
+            self.paging.close()
 
     # --- How it is done ---
 
