@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hostel.soft.paging.virtualizer import Registers
+from hostel.soft.paging.walk import NO_EXECUTE
 from hostel.soft.silicon import Access
 from hostel.soft.state import (
     CR0_PE,
@@ -47,6 +48,8 @@ LAYOUTS: dict[str, dict[int, tuple[int, ...]]] = {
     "32-bit, PSE": {1: (4, 5), 6: (4, 5)},
 }
 """Of a sane story: which pages the entries of a page lead to. The others hold PTEs."""
+LAST_BUT_ONE = {"4-level": 3, "PAE": 3, "32-bit, PSE": 1}
+FLIPS = (1, 2, 4, 0x20, 0x40, 0x60, 0x100, NO_EXECUTE)
 OTHERS = (0, 7, 8, 9, 511, 512, 513, RAM // 4096 - 1, RAM // 4096, ROM >> 12, 0x9999)
 INDICES = (0, 1, 2, 511)
 STRANGE = (1 << 63, 1 << 63, 1 << 63, 1 << 40, 1 << 51, 0x2000, 1 << 62, 1 << 21)
@@ -101,6 +104,8 @@ class Author:
         below = LAYOUTS.get(self.modes[0], {}).get(page)
         if below is None or not self.sane or self.chance(0.05):
             return self.entry()
+        if page == LAST_BUT_ONE.get(self.modes[0]) and self.chance(0.15):
+            return self.random.choice((0xE7, 0x87, 0x1E7))  # large, and it covers the tables
         value = self.random.choice(below) << 12
         if self.modes[0] == "PAE" and page in ROOTS:
             return value | 1
@@ -180,6 +185,8 @@ def write_table(author: Author, ways: list[Machine]) -> str:
     if not outcome.is_memory or outcome.gpa >> 12 not in TABLES:
         return "store elsewhere"
     value = author.content(outcome.gpa >> 12)
+    if author.chance(0.5):  # what kernels do: take a right, or forget that a page was used
+        value = ways[0].memory.read_u64(outcome.gpa) ^ author.random.choice(FLIPS)
     by_invlpg = author.chance(0.5)
     for machine in ways:
         machine.cpu.store(outcome, value)
