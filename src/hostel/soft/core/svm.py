@@ -258,7 +258,7 @@ class SvmCore:
             return self._iret()
         if code in _WITHOUT_INSTRUCTION:
             return VmExit(_WITHOUT_INSTRUCTION[code]), None
-        exit = self._exit(code)
+        exit = self._exit(code, vectoring)
         if code in (vmcb.SYSCALL, vmcb.SYSENTER):
             return None, self._fast_call(exit)
         try:
@@ -274,7 +274,7 @@ class SvmCore:
             self._block.budget -= 1
         return result, None
 
-    def _exit(self, code: int) -> Exit:
+    def _exit(self, code: int, vectoring: Event | None) -> Exit:
         block = self._block
         return Exit(
             code,
@@ -287,6 +287,7 @@ class SvmCore:
             self._fetcher.instruction(self._state),
             self.statistics.instructions + self._start - block.budget,
             self._read,
+            vectoring,
         )
 
     def _hlt(self, exit: Exit) -> VmExit | None:
@@ -341,6 +342,7 @@ class SvmCore:
             return None
         state, injected, vector = self._state, self._injected, info & 0xFF
         first = self._block.events == self._events + 1
+        self._block.events -= 1
         if injected is not None and first and injected.vector == vector:
             if injected.type >= EventType.SOFTWARE_INTERRUPT:
                 state.rip -= injected.length  # QEMU has stepped over the instruction already

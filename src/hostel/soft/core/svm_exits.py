@@ -69,6 +69,7 @@ class Exit(msgspec.Struct):
     """Guest instructions so far: the time-stamp counter."""
     read: Callable[[int, int], bytes]
     """Guest memory by linear address, as a supervisor; may raise ``PageFault``."""
+    vectoring: Event | None = None
     inject: Event | None = None
 
     def fault(self, vector: int, error: int | None = None) -> VmExit | None:
@@ -334,7 +335,7 @@ def _icebp(exit: Exit, _: PhysicalMemory) -> VmExit | None:
 
 def _exception(exit: Exit, _: PhysicalMemory) -> VmExit | None:
     vector, controls = exit.code - vmcb.EXCEPTION, exit.controls
-    error = exit.info1 if vector in (8, 10, 11, 12, 13, 14, 17) else None
+    error = _error_code(exit) if vector in (8, 10, 11, 12, 13, 14, 17) else None
     event = Event(vector, EventType.HARDWARE_EXCEPTION, error)
     exits = bool(controls.exception_bitmap >> vector & 1)
     address = 0
@@ -352,6 +353,14 @@ def _exception(exit: Exit, _: PhysicalMemory) -> VmExit | None:
         if vector == 14:
             exit.state.cr2 = address
     return None
+
+
+def _error_code(exit: Exit) -> int:
+    """QEMU says vector * 16 + IDT where a gate of long mode is bad: it is vector * 8 (SDM vol. 3A §6.13)."""
+    vectoring = exit.vectoring
+    if vectoring is not None and exit.info1 == vectoring.vector * 16 + 2:
+        return vectoring.vector * 8 + 2
+    return exit.info1
 
 
 def _undefined(exit: Exit) -> VmExit | None:

@@ -44,7 +44,9 @@ INVLPG, IOIO, MSR, SHUTDOWN, ICEBP, WBINVD, MONITOR, MWAIT = (
 NPF, SYSCALL, SYSENTER = 0x400, 0x4F0, 0x4F1
 """The last two are ours: unicorn hands these instructions to a hook."""
 
-_UD, _BP, _OF, _PF = 6, 3, 4, 14
+_BP, _OF, _UD, _NP, _GP, _PF = 3, 4, 6, 11, 13, 14
+_CHECKED_EXCEPTIONS = 1 << _UD | 1 << _NP | 1 << _GP
+"""#UD: it may be an instruction of VMX. #NP, #GP: QEMU's error code for a bad gate is wrong in long mode."""
 _ALWAYS = (RDTSC, CPUID, INVD, HLT, IOIO, MSR, SHUTDOWN, ICEBP, MONITOR, MWAIT, RDPMC)
 _BY_PRIMARY = (
     (Primary.INVLPG, INVLPG),
@@ -113,7 +115,7 @@ class Vmcb:
         intercept |= sum(1 << code - 0x60 for control, code in _BY_SECONDARY if secondary & control)
         if secondary & Secondary.DESCRIPTOR_TABLE:
             intercept |= _TABLES_BITS
-        exceptions = bitmap | 1 << _UD | (1 << _PF if pf else 0)
+        exceptions = bitmap | _CHECKED_EXCEPTIONS | (1 << _PF if pf else 0)
         if exceptions & (1 << _BP | 1 << _OF):
             intercept |= 1 << SWINT - 0x60
         reads = 1 << 8 | bool(cr0) | bool(cr4) << 4 | bool(primary & Primary.CR3_STORE) << 3
