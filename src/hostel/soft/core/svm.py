@@ -138,6 +138,11 @@ class SvmCore:
             self._physical.on_span.remove(self._processor.map)
         self._processor.close()
 
+    @property
+    def exit_code(self) -> int:
+        """EXITCODE of the last #VMEXIT, as SVM counts them (APM vol. 2 appendix C)."""
+        return self._block.exit - 0x100
+
     # --- The loop ---
 
     def _until_exit(self, event: Event | None) -> VmExit:
