@@ -23,16 +23,25 @@ from typing import NoReturn, Protocol
 
 from hostel.soft.silicon import Controls, Core, Event, EventType, Reason, Secondary, VmExit
 from hostel.soft.state import BLOCKED_BY_MOV_SS, EFER_LMA, SHUTDOWN, CpuState
-from hostel.soft.vmx import enter, leave, msrs
+from hostel.soft.vmx import check_guest, enter, leave, msrs
 from hostel.soft.vmx.capabilities import ExitControl, canonical
 from hostel.soft.vmx.check_controls import check_controls, check_event, valid_eptp
-from hostel.soft.vmx.check_guest import check_activity, check_guest, check_rip
+from hostel.soft.vmx.check_guest import GuestChecks
 from hostel.soft.vmx.check_host import check_address_space, check_host
 from hostel.soft.vmx.events import Mode, TraceEvent
-from hostel.soft.vmx.fields import Field, Kind
+from hostel.soft.vmx.fields import Field
 from hostel.soft.vmx.operation import Package, VmxOperation
 from hostel.soft.vmx.results import AbortCause, VmError, VmxAbort
-from hostel.soft.vmx.vmcs import CLEAR, LAUNCHED, Vmcs
+from hostel.soft.vmx.vmcs import (
+    CLEAR,
+    CONTROLS_CHANGED,
+    HOST_CHANGED,
+    LAUNCHED,
+    SEGMENTS_CHANGED,
+    UNCHECKED,
+    Decoded,
+    Vmcs,
+)
 
 TRANSITION_TIME = 500
 """What a VM entry takes, and a VM exit."""
@@ -109,14 +118,15 @@ class PhysicalCpu(VmxOperation):
 
     def _check_entry(self, name: str, vmcs: Vmcs) -> None:
         """§26.2: the controls, then the host's state."""
-        if vmcs.changed & 1 << Kind.CONTROL:
-            vmcs.controls = None
+        changed, long = vmcs.changed, bool(self.state.efer & EFER_LMA)
+        if changed & CONTROLS_CHANGED:
             self._hold(name, check_controls(vmcs), VmError.ENTRY_CONTROLS)
-        self._hold(name, check_event(vmcs), VmError.ENTRY_CONTROLS)
-        if vmcs.changed & 1 << Kind.HOST:
+        if vmcs.read(Field.ENTRY_INTERRUPTION_INFO) & enter.EVENT_VALID:
+            self._hold(name, check_event(vmcs), VmError.ENTRY_CONTROLS)
+        if changed & HOST_CHANGED:
             self._hold(name, check_host(vmcs), VmError.ENTRY_HOST_STATE)
-        long = bool(self.state.efer & EFER_LMA)
-        self._hold(name, check_address_space(vmcs, long=long), VmError.ENTRY_HOST_STATE)
+        if changed & (HOST_CHANGED | CONTROLS_CHANGED) or not long:
+            self._hold(name, check_address_space(vmcs, long=long), VmError.ENTRY_HOST_STATE)
 
     def _hold(self, name: str, checks: Iterator[tuple[bool, str]], error: VmError) -> None:
         for held, what in checks:
@@ -125,40 +135,35 @@ class PhysicalCpu(VmxOperation):
 
     def _load_guest(self, vmcs: Vmcs) -> VmExit | None:
         """§26.3, §26.4; the exit, if this fails."""
-        wrong = self._wrong_guest(vmcs)
-        if wrong is not None:
-            self.entry_failure = wrong[0]
-            return VmExit(Reason.ENTRY_GUEST_STATE, qualification=wrong[1])
+        decoded = enter.decode(vmcs)
+        vmcs.guest = vmcs.guest_area()
+        for held, what, qualification in self._guest_checks(vmcs, decoded):
+            if not held:
+                self.entry_failure = what
+                return VmExit(Reason.ENTRY_GUEST_STATE, qualification=qualification)
         vmcs.changed = 0
         enter.load_guest(self.state, vmcs)
-        entry = msrs.load_area(
-            self.state,
-            self.memory,
-            vmcs.read(Field.ENTRY_MSR_LOAD_ADDRESS),
-            vmcs.read(Field.ENTRY_MSR_LOAD_COUNT),
-        )
+        entry = msrs.load_area(self.state, self.memory, *decoded.entry_load)
         return VmExit(Reason.ENTRY_MSR_LOADING, qualification=entry) if entry else None
 
-    def _wrong_guest(self, vmcs: Vmcs) -> tuple[str, int] | None:
-        """What is wrong with the guest's state, and the exit qualification for it."""
-        if vmcs.changed:
-            for held, what, qualification in check_guest(vmcs, self.memory, vmcs.hpa):
-                if not held:
-                    return what, qualification
-            return None
-        for held, what in check_rip(vmcs):
-            if not held:
-                return what, 0
+    def _guest_checks(self, vmcs: Vmcs, decoded: Decoded) -> GuestChecks:
+        """§26.3.1, but for what an earlier entry found right."""
+        if vmcs.changed & ~UNCHECKED:
+            ruled_by = check_guest.ruled_by(vmcs, decoded)
+            segments = bool(vmcs.changed & SEGMENTS_CHANGED) or ruled_by != vmcs.checked_as
+            yield from check_guest.check_guest(vmcs, self.memory, vmcs.hpa, segments=segments)
+            vmcs.checked_as = ruled_by
+            return
+        if vmcs.guest[enter.RIP] >> 32:
+            for held, what in check_guest.check_rip(vmcs):
+                yield held, what, check_guest.GENERAL
         if vmcs.read(Field.ENTRY_INTERRUPTION_INFO) & enter.EVENT_VALID:
-            for held, what, qualification in check_activity(vmcs):
-                if not held:
-                    return what, qualification
-        return None
+            yield from check_guest.check_activity(vmcs)
 
     # --- Non-root mode, and VM exit ---
 
     def _run(self, vmcs: Vmcs) -> VmExit:
-        controls = enter.controls_of(vmcs)
+        controls = enter.decode(vmcs).controls
         self._switch_context(controls)
         event = enter.event_to_inject(vmcs)
         self.statistics.entries += 1
@@ -186,12 +191,16 @@ class PhysicalCpu(VmxOperation):
 
     def _leave(self, vmcs: Vmcs, out: VmExit, elapsed: int) -> VmExit:
         """Chapter 27: record, save, load."""
-        self._note_context(vmcs)
-        if vmcs.read(Field.EXIT_CONTROLS) & ExitControl.ACKNOWLEDGE_INTERRUPT:
+        decoded = enter.decode(vmcs)
+        self._note_context(decoded.controls)
+        if decoded.leave & ExitControl.ACKNOWLEDGE_INTERRUPT:
             self._acknowledge(out)
         leave.record(vmcs, out)
         leave.save_guest(self.state, vmcs, elapsed)
-        self._store_msrs(vmcs)
+        if entry := msrs.store_area(self.memory, *decoded.exit_store, self._msr):
+            self._abort(
+                vmcs, AbortCause.SAVING_MSRS, f"entry {entry} of the VM-exit MSR-store area"
+            )
         self._load_host(vmcs, out)
         self._trace_exit(out, Mode.NON_ROOT)
         return out
@@ -203,9 +212,8 @@ class PhysicalCpu(VmxOperation):
         self._trace_exit(out, Mode.ROOT)
         return out
 
-    def _note_context(self, vmcs: Vmcs) -> None:
-        controls, state = enter.controls_of(vmcs), self.state
-        self._context = _context(controls, state)
+    def _note_context(self, controls: Controls) -> None:
+        self._context = _context(controls, self.state)
         if not controls.secondary & Secondary.VPID:
             self.tlb.flush(controls, keep_global=False)
 
@@ -214,23 +222,13 @@ class PhysicalCpu(VmxOperation):
         if out.reason == Reason.EXTERNAL_INTERRUPT and self.pending:
             out.interruption = Event(self.pending.popleft(), EventType.EXTERNAL)
 
-    def _store_msrs(self, vmcs: Vmcs) -> None:
-        address = vmcs.read(Field.EXIT_MSR_STORE_ADDRESS)
-        count = vmcs.read(Field.EXIT_MSR_STORE_COUNT)
-        if entry := msrs.store_area(self.memory, address, count, self._msr):
-            self._abort(
-                vmcs, AbortCause.SAVING_MSRS, f"entry {entry} of the VM-exit MSR-store area"
-            )
-
     def _load_host(self, vmcs: Vmcs, out: VmExit) -> None:
         """§27.5, §27.6."""
-        long = bool(vmcs.read(Field.EXIT_CONTROLS) & ExitControl.HOST_64)
-        if self.state.efer & EFER_LMA and not long:
+        decoded = enter.decode(vmcs)
+        if self.state.efer & EFER_LMA and not decoded.leave & ExitControl.HOST_64:
             self._abort(vmcs, AbortCause.HOST_ADDRESS_SPACE, "a 64-bit guest left to a 32-bit host")
         leave.load_host(self.state, vmcs, out.reason)
-        address = vmcs.read(Field.EXIT_MSR_LOAD_ADDRESS)
-        count = vmcs.read(Field.EXIT_MSR_LOAD_COUNT)
-        if entry := msrs.load_area(self.state, self.memory, address, count):
+        if entry := msrs.load_area(self.state, self.memory, *decoded.exit_load):
             self._abort(
                 vmcs, AbortCause.LOADING_MSRS, f"entry {entry} of the VM-exit MSR-load area"
             )

@@ -49,7 +49,7 @@ from hostel.soft.vmx.check_host import fixed, valid_pat
 from hostel.soft.vmx.check_segments import check_segments
 from hostel.soft.vmx.enter import EVENT_VALID, secondary_of
 from hostel.soft.vmx.fields import Field
-from hostel.soft.vmx.vmcs import Vmcs, region
+from hostel.soft.vmx.vmcs import Decoded, Vmcs, region
 
 GENERAL, PDPTE, NMI_BLOCKED, LINK_POINTER = 0, 2, 3, 4
 """Exit qualifications of a failed entry (§26.7)."""
@@ -66,9 +66,18 @@ PENDING_RESERVED = ~0x1_FFFF | 1 << 16 | 0xFF0 | 1 << 13 | 1 << 15
 PDPTE_RESERVED = 0x1E6 | (1 << 64) - (1 << PHYSICAL_BITS)
 
 
-def check_guest(vmcs: Vmcs, memory: PhysicalMemory, current: int) -> GuestChecks:
+def ruled_by(vmcs: Vmcs, decoded: Decoded) -> tuple[int, ...]:
+    """What the rules depend on: while it is the same, what was right and was not written is right."""
+    protected = vmcs.read(Field.GUEST_CR0) & CR0_PE
+    v8086 = vmcs.read(Field.GUEST_RFLAGS) & RFLAGS_VM
+    controls = decoded.controls
+    return (decoded.entry, controls.pin, controls.secondary, protected, v8086)
+
+
+def check_guest(vmcs: Vmcs, memory: PhysicalMemory, current: int, *, segments: bool) -> GuestChecks:
     yield from _general(_control_registers(vmcs))
-    yield from _general(check_segments(vmcs))
+    if segments:
+        yield from _general(check_segments(vmcs))
     yield from _general(_tables(vmcs))
     yield from _general(check_rip(vmcs))
     yield from _general(_rflags(vmcs))

@@ -25,7 +25,7 @@ from hostel.soft.state import (
 )
 from hostel.soft.vmx.capabilities import CR3_TARGETS, EntryControl
 from hostel.soft.vmx.fields import GUEST, Field
-from hostel.soft.vmx.vmcs import Vmcs
+from hostel.soft.vmx.vmcs import Decoded, Vmcs
 
 MSR_DEBUGCTL = 0x1D9
 CR0_KEPT = CR0_ET | CR0_NW | CR0_CD | 0x1FFD_FFC0 & ~(1 << 16 | 1 << 18)
@@ -40,7 +40,7 @@ SELECTORS, LIMITS, RIGHTS, BASES = (
     )
 )
 """Where ES … TR are in the guest-state area."""
-DEBUGCTL, PAT, EFER, INTERRUPTIBILITY, SYSENTER_CS, TIMER = (
+DEBUGCTL, PAT, EFER, INTERRUPTIBILITY, SYSENTER_CS, TIMER, RIP = (
     GUEST.index(field)
     for field in (
         Field.GUEST_DEBUGCTL,
@@ -49,6 +49,7 @@ DEBUGCTL, PAT, EFER, INTERRUPTIBILITY, SYSENTER_CS, TIMER = (
         Field.GUEST_INTERRUPTIBILITY,
         Field.GUEST_SYSENTER_CS,
         Field.PREEMPTION_TIMER,
+        Field.GUEST_RIP,
     )
 )
 GDTR_LIMIT, GDTR_BASE, CR0, DR7, RSP_AT, SYSENTER_ESP = (
@@ -67,10 +68,10 @@ EVENT_VALID, EVENT_ERROR = 1 << 31, 1 << 11
 
 
 def load_guest(state: CpuState, vmcs: Vmcs) -> None:
-    """§26.3.2: what the guest-state area holds, into the processor."""
-    area = vmcs.guest = vmcs.guest_area()
-    entry = vmcs.read(Field.ENTRY_CONTROLS)
-    _load_control_registers(state, area, entry)
+    """§26.3.2: what the guest-state area held (``vmcs.guest``), into the processor."""
+    area, decoded = vmcs.guest, decode(vmcs)
+    decoded.controls.timer = area[TIMER]
+    _load_control_registers(state, area, decoded.entry)
     _load_segments(state, area)
     state.gpr[RSP], state.rip, state.rflags = area[RSP_AT : RSP_AT + 3]
     state.interruptibility, state.activity = area[INTERRUPTIBILITY : INTERRUPTIBILITY + 2]
@@ -101,11 +102,8 @@ def efer_of_mode(efer: int, cr0: int, long: int) -> int:
 
 
 def _load_segments(state: CpuState, area: tuple[int, ...]) -> None:
-    (state.es, state.cs, state.ss, state.ds, state.fs, state.gs, state.ldtr, state.tr) = (
-        Segment(selector, base, limit, rights)
-        for selector, base, limit, rights in zip(
-            area[SELECTORS], area[BASES], area[LIMITS], area[RIGHTS], strict=True
-        )
+    (state.es, state.cs, state.ss, state.ds, state.fs, state.gs, state.ldtr, state.tr) = map(
+        Segment, area[SELECTORS], area[BASES], area[LIMITS], area[RIGHTS]
     )
     state.gdtr = Table(area[GDTR_BASE], area[GDTR_LIMIT])
     state.idtr = Table(area[GDTR_BASE + 1], area[GDTR_LIMIT + 1])
@@ -124,15 +122,22 @@ def event_to_inject(vmcs: Vmcs) -> Event | None:
     )
 
 
-def controls_of(vmcs: Vmcs) -> Controls:
-    """The execution controls as a core takes them; decoded again only after a VMWRITE."""
-    if vmcs.controls is None:
-        vmcs.controls = _decode_controls(vmcs)
-    vmcs.controls.timer = vmcs.read(Field.PREEMPTION_TIMER)
-    return vmcs.controls
+def decode(vmcs: Vmcs) -> Decoded:
+    """The control fields as entries and exits use them; again only after a VMWRITE to one."""
+    if vmcs.decoded is None:
+        read = vmcs.read
+        vmcs.decoded = Decoded(
+            controls=_execution_controls(vmcs),
+            entry=read(Field.ENTRY_CONTROLS),
+            leave=read(Field.EXIT_CONTROLS),
+            entry_load=(read(Field.ENTRY_MSR_LOAD_ADDRESS), read(Field.ENTRY_MSR_LOAD_COUNT)),
+            exit_store=(read(Field.EXIT_MSR_STORE_ADDRESS), read(Field.EXIT_MSR_STORE_COUNT)),
+            exit_load=(read(Field.EXIT_MSR_LOAD_ADDRESS), read(Field.EXIT_MSR_LOAD_COUNT)),
+        )
+    return vmcs.decoded
 
 
-def _decode_controls(vmcs: Vmcs) -> Controls:
+def _execution_controls(vmcs: Vmcs) -> Controls:
     read = vmcs.read
     primary = read(Field.PRIMARY_CONTROLS)
     targets = tuple(read(Field.CR3_TARGET0 + 2 * number) for number in range(CR3_TARGETS))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 from hostel.soft.silicon import Event, Pin, Reason, VmExit
 from hostel.soft.state import (
     ACTIVE,
@@ -33,9 +35,10 @@ from hostel.soft.vmx.enter import (
     MSR_DEBUGCTL,
     PAT,
     TIMER,
+    decode,
 )
-from hostel.soft.vmx.fields import GUEST, HOST, Field
-from hostel.soft.vmx.vmcs import Vmcs
+from hostel.soft.vmx.fields import GUEST, HOST, SEGMENTS, Field
+from hostel.soft.vmx.vmcs import Decoded, Vmcs
 
 ENTRY_FAILURE = 1 << 31
 """Of the exit-reason field: this exit is a failed VM entry (§26.7)."""
@@ -72,10 +75,7 @@ def record(vmcs: Vmcs, out: VmExit) -> None:
             out.length,
             out.instruction_info,
             out.qualification,
-            0,
-            0,
-            0,
-            0,
+            *(0, 0, 0, 0),  # of an I/O instruction in SMM
             out.linear,
         )
     )
@@ -94,35 +94,42 @@ def record_failure(vmcs: Vmcs, out: VmExit) -> None:
     vmcs.write(Field.EXIT_QUALIFICATION, out.qualification)
 
 
+_SELECTORS, _LIMITS, _RIGHTS, _BASES = (
+    attrgetter(*(f"{name}.{part}" for name in names))
+    for part, names in (
+        ("selector", SEGMENTS),
+        ("limit", (*SEGMENTS, "gdtr", "idtr")),
+        ("rights", SEGMENTS),
+        ("base", (*SEGMENTS, "gdtr", "idtr")),
+    )
+)
+"""Each gets all of them from a ``CpuState`` in one go, in the order of the fields."""
+
+
 def save_guest(state: CpuState, vmcs: Vmcs, elapsed: int) -> None:
     """§27.3: the guest-state area; what the exit controls leave out keeps its value of the entry."""
-    old = vmcs.guest
-    leave = vmcs.read(Field.EXIT_CONTROLS)
-    msrs, segments = state.msrs, _segments(state)
+    old, decoded = vmcs.guest, decode(vmcs)
+    leave, msrs = decoded.leave, state.msrs
     debug = leave & ExitControl.SAVE_DEBUG
     vmcs.save_guest_area(
         (
-            *(s.selector for s in segments),
+            *_SELECTORS(state),
             old[LINK],
             msrs.get(MSR_DEBUGCTL, 0) if debug else old[DEBUGCTL],
             msrs.get(MSR_PAT, 0) if leave & ExitControl.SAVE_PAT else old[PAT],
             state.efer if leave & ExitControl.SAVE_EFER else old[EFER],
             *old[PDPTES],
-            *(s.limit for s in segments),
-            state.gdtr.limit,
-            state.idtr.limit,
-            *(s.rights for s in segments),
+            *_LIMITS(state),
+            *_RIGHTS(state),
             state.interruptibility,
             state.activity,
             old[SMBASE],
             msrs.get(MSR_SYSENTER_CS, 0),
-            _timer(vmcs, leave, old[TIMER], elapsed),
+            _timer(decoded, old[TIMER], elapsed),
             state.cr0,
             state.cr3,
             state.cr4,
-            *(s.base for s in segments),
-            state.gdtr.base,
-            state.idtr.base,
+            *_BASES(state),
             state.dr7 if debug else old[DR7],
             state.gpr[RSP],
             state.rip,
@@ -132,37 +139,26 @@ def save_guest(state: CpuState, vmcs: Vmcs, elapsed: int) -> None:
             msrs.get(MSR_SYSENTER_EIP, 0),
         )
     )
-    _save_mode(state, vmcs)
+    _save_mode(state, vmcs, decoded)
 
 
-def _segments(state: CpuState) -> tuple[Segment, ...]:
-    s = state
-    return (s.es, s.cs, s.ss, s.ds, s.fs, s.gs, s.ldtr, s.tr)
-
-
-def _timer(vmcs: Vmcs, leave: int, loaded: int, elapsed: int) -> int:
+def _timer(decoded: Decoded, loaded: int, elapsed: int) -> int:
     """§27.3.4, §25.5.1: what is left of the preemption timer; 0 once it has expired."""
-    if not leave & ExitControl.SAVE_TIMER:
-        return loaded
-    counts = vmcs.read(Field.PIN_CONTROLS) & Pin.PREEMPTION_TIMER
-    return max(0, loaded - elapsed) if counts else loaded
+    counts = decoded.controls.pin & Pin.PREEMPTION_TIMER
+    saved = decoded.leave & ExitControl.SAVE_TIMER
+    return max(0, loaded - elapsed) if counts and saved else loaded
 
 
-def _save_mode(state: CpuState, vmcs: Vmcs) -> None:
-    """§27.2: LMA is stored in the entry controls, so that the guest is entered in the mode it left.
-
-    Written past VMWRITE: the guest's checks go by this control, and a core keeps its state consistent.
-    """
-    entry = vmcs.read(Field.ENTRY_CONTROLS)
+def _save_mode(state: CpuState, vmcs: Vmcs, decoded: Decoded) -> None:
+    """§27.2: LMA is stored in the entry controls, so that the guest is entered in the mode it left."""
     mode = EntryControl.GUEST_64 if state.efer & EFER_LMA else 0
-    if entry & EntryControl.GUEST_64 != mode:
-        vmcs.write(Field.ENTRY_CONTROLS, entry ^ EntryControl.GUEST_64)
+    if decoded.entry & EntryControl.GUEST_64 != mode:
+        vmcs.write(Field.ENTRY_CONTROLS, decoded.entry ^ EntryControl.GUEST_64)
 
 
 def load_host(state: CpuState, vmcs: Vmcs, reason: Reason) -> None:
     """§27.5: the host-state area, and what an exit gives fixed values."""
-    area = vmcs.host_area()
-    leave = vmcs.read(Field.EXIT_CONTROLS)
+    area, leave = vmcs.host_area(), decode(vmcs).leave
     _load_host_control_registers(state, area, leave)
     _load_host_segments(state, area, leave & ExitControl.HOST_64)
     state.gpr[RSP], state.rip = area[HOST_RSP : HOST_RSP + 2]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from struct import Struct
 
+import msgspec
+
 from hostel.errors import MemoryFault
 from hostel.soft.physical import PAGE, PhysicalMemory
 from hostel.soft.silicon import Controls
@@ -23,6 +25,7 @@ from hostel.soft.vmx.fields import (
     HOST_AREA,
     HOST_AT,
     PLACE,
+    SEGMENTS,
     Field,
     Kind,
 )
@@ -35,23 +38,65 @@ _U32 = Struct("<I")
 _U64 = Struct("<Q")
 _ABORT, _LAUNCH, _OPERATION = 4, 8, 12
 
-ALL_CHANGED = 1 << Kind.CONTROL | 1 << Kind.GUEST | 1 << Kind.HOST
-CHECKED_EACH_TIME = frozenset(
-    {
-        Field.GUEST_RIP,
-        Field.PREEMPTION_TIMER,
-        Field.ENTRY_INTERRUPTION_INFO,
-        Field.ENTRY_EXCEPTION_ERROR,
-        Field.ENTRY_INSTRUCTION_LENGTH,
-    }
+CONTROLS_CHANGED, GUEST_CHANGED, HOST_CHANGED, SEGMENTS_CHANGED, UNCHECKED = (
+    1 << n for n in range(5)
 )
+"""What a VMWRITE touched, as the next entry's checks see it. ``UNCHECKED``: nothing they look at."""
+ALL_CHANGED = 15
+
+CHECKED_EACH_TIME = {
+    Field.GUEST_RIP,
+    Field.PREEMPTION_TIMER,
+    Field.ENTRY_INTERRUPTION_INFO,
+    Field.ENTRY_EXCEPTION_ERROR,
+    Field.ENTRY_INSTRUCTION_LENGTH,
+}
 """What a hypervisor writes before many an entry: checked at every one, so that the rest need not be."""
+NEVER_CHECKED = {
+    *(Field.GUEST_RSP, Field.GUEST_SMBASE, Field.GUEST_SYSENTER_CS),
+    *(Field.EXCEPTION_BITMAP, Field.PAGE_FAULT_MASK, Field.PAGE_FAULT_MATCH, Field.TSC_OFFSET),
+    *(Field.CR0_MASK, Field.CR0_SHADOW, Field.CR4_MASK, Field.CR4_SHADOW),
+    *(field for field in Field if field.name.startswith("CR3_TARGET") and field.width == 3),
+}
+"""Fields that may hold anything (§26.2, §26.3)."""
+
+
+def _touched(field: Field) -> int:
+    if field in CHECKED_EACH_TIME or field in NEVER_CHECKED:
+        return UNCHECKED
+    if field.kind is Kind.GUEST:
+        segment = field.name.split("_")[1].lower() in SEGMENTS
+        return SEGMENTS_CHANGED if segment else GUEST_CHANGED
+    return {Kind.CONTROL: CONTROLS_CHANGED, Kind.HOST: HOST_CHANGED, Kind.EXIT: UNCHECKED}[
+        field.kind
+    ]
+
+
+TOUCHED = {encoding: _touched(Field(encoding & ~1)) for encoding in ACCESS}
+_DECODED = frozenset(
+    encoding
+    for encoding in ACCESS
+    if encoding >> 10 & 3 == Kind.CONTROL and encoding & ~1 not in CHECKED_EACH_TIME
+)
+
+
+class Decoded(msgspec.Struct):
+    """The control fields, as entries and exits use them."""
+
+    controls: Controls
+    entry: int
+    leave: int
+    """The VM-exit controls."""
+    entry_load: tuple[int, int]
+    """An MSR area: address, count."""
+    exit_store: tuple[int, int]
+    exit_load: tuple[int, int]
 
 
 class Vmcs:
     """Not a value: one object a region, as long as some pCPU may have it active."""
 
-    __slots__ = ("changed", "controls", "guest", "hpa", "owner", "view")
+    __slots__ = ("changed", "checked_as", "decoded", "guest", "hpa", "owner", "view")
 
     def __init__(self, hpa: int, view: memoryview) -> None:
         self.hpa = hpa
@@ -59,15 +104,17 @@ class Vmcs:
         self.owner: int | None = None
         """The pCPU it is active on."""
         self.changed = ALL_CHANGED
-        """One bit a ``Kind``: written since an entry found it right."""
-        self.controls: Controls | None = None
+        """Written since an entry found it right."""
+        self.checked_as: tuple[int, ...] = ()
+        """What the rules for the guest's state depended on when it was found right."""
+        self.decoded: Decoded | None = None
         self.guest: tuple[int, ...] = ()
         """The guest-state area as it was entered."""
 
     def forget(self) -> None:
         """Keep nothing: the bytes may be changed by anyone."""
         self.changed = ALL_CHANGED
-        self.controls = None
+        self.decoded = None
 
     # --- Header ---
 
@@ -115,8 +162,9 @@ class Vmcs:
             value = self.read(encoding - 1) & 0xFFFF_FFFF | (value & mask) << 32
             mask = (1 << 64) - 1
         _U64.pack_into(self.view, place, value & mask)
-        if encoding not in CHECKED_EACH_TIME:
-            self.changed |= 1 << (encoding >> 10 & 3)
+        self.changed |= TOUCHED[encoding]
+        if encoding in _DECODED:
+            self.decoded = None
 
     # --- Areas, in the order of fields.py ---
 
