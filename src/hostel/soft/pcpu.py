@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import NoReturn, Protocol
 
+from hostel.soft.paging.tlb import Invept, Invvpid
 from hostel.soft.silicon import Controls, Core, Event, EventType, Reason, Secondary, VmExit
 from hostel.soft.state import BLOCKED_BY_MOV_SS, EFER_LMA, SHUTDOWN, CpuState
 from hostel.soft.vmx import check_guest, enter, leave, msrs
@@ -50,8 +51,8 @@ TRANSITION_TIME = 500
 class TaggedTlb(Protocol):
     """Of the ``Mmu`` behind the core: translations tagged by VPID and EPT root."""
 
-    def invvpid(self, type: int, vpid: int, address: int = 0, /) -> None: ...
-    def invept(self, type: int, pointer: int = 0, /) -> None: ...
+    def invvpid(self, type: Invvpid, vpid: int, address: int = 0) -> None: ...
+    def invept(self, type: Invept, pointer: int = 0) -> None: ...
     def flush(self, controls: Controls, *, keep_global: bool) -> None: ...
 
 
@@ -76,7 +77,7 @@ class PhysicalCpu(VmxOperation):
         self._admit("INVEPT")
         if kind not in (1, 2) or (kind == 1 and not valid_eptp(eptp)):
             self._fail("INVEPT", VmError.INVALID_OPERAND, kind, eptp)
-        self.tlb.invept(kind, eptp)
+        self.tlb.invept(Invept(kind), eptp)
         self.core.flush()
         self._succeed("INVEPT", kind, eptp)
 
@@ -87,7 +88,7 @@ class PhysicalCpu(VmxOperation):
         good = kind in range(4) and not vpid >> 16 and named and (kind or canonical(address))
         if not good:
             self._fail("INVVPID", VmError.INVALID_OPERAND, kind, vpid, address)
-        self.tlb.invvpid(kind, vpid, address)
+        self.tlb.invvpid(Invvpid(kind), vpid, address)
         self.core.flush()
         self._succeed("INVVPID", kind, vpid, address)
 
@@ -163,11 +164,14 @@ class PhysicalCpu(VmxOperation):
     # --- Non-root mode, and VM exit ---
 
     def _run(self, vmcs: Vmcs) -> VmExit:
-        controls = enter.decode(vmcs).controls
+        decoded = enter.decode(vmcs)
+        controls = decoded.controls
         self._switch_context(controls)
         event = enter.event_to_inject(vmcs)
         self.statistics.entries += 1
         before = self.core.statistics.instructions
+        # A core counts its own instructions only: all else of its guest's TSC is in what it adds.
+        controls.tsc_offset = self.tsc + decoded.tsc_offset - before
         self.mode = Mode.NON_ROOT
         try:
             out = self.core.enter(self.state, controls, event)

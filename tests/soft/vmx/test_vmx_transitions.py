@@ -298,16 +298,13 @@ def test_the_controls_reach_the_core() -> None:
     with world() as made:
         cpu = made.root()
         values = {
-            Field.PRIMARY_CONTROLS: GOOD[Field.PRIMARY_CONTROLS]
-            | Primary.SECONDARY
-            | Primary.TSC_OFFSETTING,
+            Field.PRIMARY_CONTROLS: GOOD[Field.PRIMARY_CONTROLS] | Primary.SECONDARY,
             Field.SECONDARY_CONTROLS: Secondary.VPID | Secondary.EPT,
             Field.EPT_POINTER: 0x301E,
             Field.VPID: 7,
             Field.EXCEPTION_BITMAP: 0x4000,
             Field.CR0_MASK: 0xFFFF_FFFF_0000_0001,
             Field.CR4_SHADOW: 0x20,
-            Field.TSC_OFFSET: (1 << 64) - 100,
             Field.CR3_TARGET_COUNT: 2,
             Field.CR3_TARGET1: 0x5000,
             Field.PREEMPTION_TIMER: 1234,
@@ -321,7 +318,6 @@ def test_the_controls_reach_the_core() -> None:
         assert (controls.ept_pointer, controls.vpid, controls.timer) == (0x301E, 7, 1234)
         assert (controls.exception_bitmap, controls.cr3_targets) == (0x4000, (0, 0x5000))
         assert (controls.cr0_mask, controls.cr4_shadow) == (0xFFFF_FFFF_0000_0001, 0x20)
-        assert controls.tsc_offset == (1 << 64) - 100
         cpu.vmwrite(Field.CR4_SHADOW, 0x30)
         cpu.vmwrite(Field.PREEMPTION_TIMER, 5)
         cpu.vmresume()
@@ -361,6 +357,22 @@ def test_time_is_the_guests_instructions_and_fixed_steps_of_root_mode() -> None:
         assert spent == [40 + 40 + 500 + 300 + 500] * 2
         assert cpu.statistics.guest_time == 600
         assert cpu.rdmsr(0x10) == cpu.tsc - 40
+
+
+@pytest.mark.parametrize(("offsetting", "offset"), [(True, -100), (False, 0)])
+def test_the_guests_tsc_is_the_processors_and_the_offset(offsetting: bool, offset: int) -> None:
+    with world() as made:
+        cpu, core = made.root(), made.cores[0]
+        cpu.vmwrite(Field.TSC_OFFSET, -100 & (1 << 64) - 1)
+        if offsetting:
+            primary = GOOD[Field.PRIMARY_CONTROLS] | Primary.TSC_OFFSETTING
+            cpu.vmwrite(Field.PRIMARY_CONTROLS, primary)
+        core.statistics.instructions = 12345
+        cpu.vmlaunch()
+        controls = entered(made)[1]
+        assert controls.primary & Primary.TSC_OFFSETTING
+        seen = core.statistics.instructions + controls.tsc_offset & (1 << 64) - 1
+        assert seen == cpu.tsc - 500 + offset  # 500: the exit
 
 
 # --- MSR areas ---

@@ -126,10 +126,12 @@ def decode(vmcs: Vmcs) -> Decoded:
     """The control fields as entries and exits use them; again only after a VMWRITE to one."""
     if vmcs.decoded is None:
         read = vmcs.read
+        offsetting = read(Field.PRIMARY_CONTROLS) & Primary.TSC_OFFSETTING
         vmcs.decoded = Decoded(
             controls=_execution_controls(vmcs),
             entry=read(Field.ENTRY_CONTROLS),
             leave=read(Field.EXIT_CONTROLS),
+            tsc_offset=read(Field.TSC_OFFSET) if offsetting else 0,
             entry_load=(read(Field.ENTRY_MSR_LOAD_ADDRESS), read(Field.ENTRY_MSR_LOAD_COUNT)),
             exit_store=(read(Field.EXIT_MSR_STORE_ADDRESS), read(Field.EXIT_MSR_STORE_COUNT)),
             exit_load=(read(Field.EXIT_MSR_LOAD_ADDRESS), read(Field.EXIT_MSR_LOAD_COUNT)),
@@ -143,7 +145,7 @@ def _execution_controls(vmcs: Vmcs) -> Controls:
     targets = tuple(read(Field.CR3_TARGET0 + 2 * number) for number in range(CR3_TARGETS))
     return Controls(
         pin=read(Field.PIN_CONTROLS),
-        primary=primary,
+        primary=primary | Primary.TSC_OFFSETTING,
         secondary=secondary_of(vmcs),
         exception_bitmap=read(Field.EXCEPTION_BITMAP),
         pf_mask=read(Field.PAGE_FAULT_MASK),
@@ -156,7 +158,6 @@ def _execution_controls(vmcs: Vmcs) -> Controls:
         cr4_mask=read(Field.CR4_MASK),
         cr4_shadow=read(Field.CR4_SHADOW),
         cr3_targets=targets[: read(Field.CR3_TARGET_COUNT)],
-        tsc_offset=read(Field.TSC_OFFSET) if primary & Primary.TSC_OFFSETTING else 0,
         ept_pointer=read(Field.EPT_POINTER),
         vpid=read(Field.VPID),
     )

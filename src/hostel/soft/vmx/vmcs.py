@@ -84,9 +84,12 @@ class Decoded(msgspec.Struct):
     """The control fields, as entries and exits use them."""
 
     controls: Controls
+    """As a core takes them: it always adds an offset to its own count of instructions."""
     entry: int
     leave: int
     """The VM-exit controls."""
+    tsc_offset: int
+    """0 unless "use TSC offsetting" is set."""
     entry_load: tuple[int, int]
     """An MSR area: address, count."""
     exit_store: tuple[int, int]
