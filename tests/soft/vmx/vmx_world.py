@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from struct import pack
 
 from hostel.soft.pcpu import PhysicalCpu
@@ -61,6 +62,21 @@ class ScriptedCore:
 
     def close(self) -> None:
         pass
+
+
+class Seen:
+    """What the guest found when it was entered, and what it leaves behind."""
+
+    def __init__(self, core: ScriptedCore, **leaves: object) -> None:
+        self.state = CpuState()
+        self.leaves = leaves
+        core.guest = self.run
+
+    def run(self, state: CpuState, controls: Controls, event: Event | None) -> VmExit:
+        self.state = deepcopy(state)
+        for name, value in self.leaves.items():
+            setattr(state, name, value)
+        return VmExit(Reason.HLT, length=1)
 
 
 class CountingTlb:
