@@ -61,6 +61,19 @@ def test_stop_kills_what_ignores_term(start: Start) -> None:
     assert helper.stop() == -signal.SIGKILL  # again: nothing
 
 
+def test_stop_waits_a_bounded_time(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one that hangs in the kernel, here one that is not killed."""
+    helper = start("trap '' TERM; echo ready >&2; while :; do sleep 1; done")
+    while not helper.last_lines():
+        time.sleep(0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr("hostel.host.process.KILL_SECONDS", 0.1)
+        patch.setattr(helper, "kill", lambda: None)
+        with pytest.raises(HelperError, match=f"process {helper.pid}.* does not end"):
+            helper.stop(grace=0.1)
+    assert helper.stop(0) == -signal.SIGKILL
+
+
 def test_record_names_it_while_it_lives(start: Start, tmp_path: Path) -> None:
     helper = start("exec sleep 100", name="sleeper")
     pid, started = (tmp_path / "sleeper.pid").read_text().split()

@@ -39,6 +39,8 @@ LOG_LIMIT = 1 << 20
 TAIL_LIMIT = 4 << 10
 GRACE = 2.0
 """Seconds from TERM to KILL."""
+KILL_SECONDS = 30.0
+"""And from KILL to its end: a large guest's memory takes a while to give back."""
 
 _GUARD = 'test "$PPID" -eq "$0" && exec "$@"'
 
@@ -103,7 +105,11 @@ class Helper:
         self._signal(signal.SIGTERM)
         if not self._ended.wait(grace):
             self.kill()
-            self._ended.wait()
+            if not self._ended.wait(KILL_SECONDS):  # it hangs in the kernel
+                raise HelperError(
+                    f"{self.name} (process {self.pid}) does not end, though it was killed",
+                    cost="what it holds stays taken",
+                )
         return self._code
 
     def usage(self) -> dict[str, int | float]:

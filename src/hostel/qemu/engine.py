@@ -44,6 +44,7 @@ from .stream import ConsoleStream
 if TYPE_CHECKING:
     from .vsock import QemuVsock
 
+STOP_SECONDS = 60.0
 STATISTICS_SECONDS = 3.0
 """How long the first ones of a balloon's guest may take: QEMU asks after a second."""
 REASONS: dict[str, EndingKind] = {
@@ -125,7 +126,8 @@ class QemuEngine:
                 return
         writable = any(drive.keeps_writes for drive in self.plan.disks)
         self._helper.stop(GRACE if writable else 0)
-        self._settled.wait()
+        if not self._settled.wait(STOP_SECONDS):
+            raise HostError("QEMU has ended, and what served it hangs")
 
     def resize_disk(self, index: int, size: int) -> None:
         self._running_control().execute(
