@@ -39,7 +39,7 @@ SILENCE = 120.0
 the command runs."""
 
 
-LAST_WORDS = 5.0
+LAST_WORDS = 3.0
 """Seconds that a command gets to say where it stands, before a server is ended over its silence."""
 
 
