@@ -45,6 +45,7 @@ _USE_EXITS, _REQUEST, _REMOVE, _FLUSH_BLOCKS, _TLB_TYPE, _BUFFER_SIZE = (
 )
 _TLB_VIRTUAL = 1
 _EPYC_ROME = 37
+_REG_FPCW, _REG_FPTAG, _REG_MXCSR = 246, 247, 249
 _ALL = 7
 _XSAVE, _OSXSAVE, _RDRAND, _RDSEED = 1 << 26, 1 << 27, 1 << 30, 1 << 18
 EXCEPTION, ILLEGAL = 21, 10
@@ -105,6 +106,7 @@ class Engine:
         self.cpu = build.find_cpu(self.handle)
         self.env = Env(self.cpu)
         self._without_features()
+        self._reset_fpu()
         build.control(self.handle, _USE_EXITS, ctypes.c_int(1))
         build.control(self.handle, _TLB_TYPE, ctypes.c_int(_TLB_VIRTUAL))
         self._make_counter()
@@ -122,6 +124,13 @@ class Engine:
         features = self.env.u32
         features[FEATURES // 4 + 1] &= ~_RDRAND
         features[FEATURES // 4 + 2] &= ~_RDSEED
+
+    def _reset_fpu(self) -> None:
+        """As after a reset (SDM vol. 3A table 9-1); unicorn leaves MXCSR and the control word at 0."""
+        for register, value in ((_REG_FPCW, 0x37F), (_REG_FPTAG, 0xFFFF), (_REG_MXCSR, 0x1F80)):
+            word = ctypes.c_uint32(value)
+            write, handle = self._lib.uc_reg_write, ctypes.c_void_p(self.handle)
+            build.check(write(handle, register, ctypes.byref(word)), "a register of the FPU")
 
     def _make_counter(self) -> None:
         self._page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)

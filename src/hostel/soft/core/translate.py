@@ -20,7 +20,6 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from hostel.errors import HostError
 from hostel.soft.physical import PAGE, PhysicalMemory
 from hostel.soft.silicon import (
     Access,
@@ -28,7 +27,6 @@ from hostel.soft.silicon import (
     CoreStatistics,
     EptFault,
     Event,
-    EventType,
     Mmu,
     PageFault,
     Pin,
@@ -47,22 +45,20 @@ from hostel.soft.state import (
 )
 
 from .delivery import SHADOWED, STEP, Delivery, ept_exit
-from .engine import EXCEPTION, FOREVER, FULL, ILLEGAL, TO_SCAN, Engine
-from .env import DR, EIP, FPU, FPU_END, HF_CS64, HF_INHIBIT, IS_INT
-from .events import BP, DB, OF, PF, UD, WITH_ERROR_CODE, Fault
+from .engine import FOREVER, FULL, TO_SCAN, Engine
+from .env import FPU, FPU_END, HF_INHIBIT
+from .events import DB, PF, Fault
 from .instructions import STATELESS, Handlers
 from .linear import LinearMemory
 from .outcome import Outcome
 from .scan import LONGEST, Scanner
+from .stops import Stops
 from .translations import Translations
-from .view import INT3, SplitView
+from .view import SplitView
 from .window import Reader, Window, Writer
 
 if TYPE_CHECKING:
     from iced_x86 import Instruction
-
-_FINAL = 1 << 8
-"""Of an EPT violation's qualification: the access itself, not the walk to it (table 27-7)."""
 
 
 class TranslatingCore:
@@ -83,10 +79,10 @@ class TranslatingCore:
         self.memory = LinearMemory(
             physical, self.translations.ask, self.engine.write, self.view.fetched
         )
-        self._scanner = scanner
+        self.scanner = scanner
         self.delivery = Delivery(self)
         self._handlers = Handlers()
-        self._positions: dict[tuple[int, int], int] = {}
+        self.stops = Stops(self)
         self._synced = self._cut = False
         self._left = FOREVER
         self.window = Window(self.engine)
@@ -103,7 +99,7 @@ class TranslatingCore:
         if exit is None:
             self._resume()
             exit = self._run()
-        self._sync()
+        self.sync()
         return exit
 
     def _begin(self, state: CpuState, controls: Controls) -> None:
@@ -128,8 +124,14 @@ class TranslatingCore:
         self.memory.flush()
         if address is None:
             self.view.frames.clear()
+            self.translations.flush()
         else:
             self.view.frames.pop(address // PAGE, None)
+
+    def drop_code(self, frame: int) -> None:
+        """It is to be written where nobody watches: nothing translated from it may run on."""
+        self.wrote(frame, PAGE)
+        self.view.fetched.discard(frame)
 
     def flush_all(self, *, keep_global: bool) -> None:
         """The guest's own flush, by a MOV to a control register that did not exit."""
@@ -155,7 +157,7 @@ class TranslatingCore:
 
     # --- Where the state is ---
 
-    def _sync(self) -> None:
+    def sync(self) -> None:
         if not self._synced:
             self.engine.env.save(self.state)
             self._synced = True
@@ -165,7 +167,7 @@ class TranslatingCore:
             self.engine.env.load(self.state)
             self._synced = False
 
-    def _going_on(self, exit: VmExit | None) -> VmExit | None:
+    def going_on(self, exit: VmExit | None) -> VmExit | None:
         if exit is None:
             self._resume()
         return exit
@@ -187,7 +189,7 @@ class TranslatingCore:
         return None if self.state.activity == ACTIVE else self._wait()
 
     def _window_open(self) -> VmExit | None:
-        self._sync()
+        self.sync()
         state, wanted = self.state, self.controls.primary
         blocked = state.interruptibility
         if wanted & Primary.NMI_WINDOW and not blocked & (BLOCKED_BY_NMI | BLOCKED_BY_MOV_SS):
@@ -201,7 +203,7 @@ class TranslatingCore:
     def _wait(self) -> VmExit:
         """Halted: time passes until the timer or an interrupt."""
         if self.controls.pin & Pin.PREEMPTION_TIMER:
-            self._count(self._left)
+            self.count(self._left)
             return VmExit(Reason.PREEMPTION_TIMER)
         self._kick.wait()
         self._kick.clear()
@@ -216,18 +218,18 @@ class TranslatingCore:
         try:
             return work()
         except Fault as fault:
-            return self._raise(fault)
+            return self.raise_fault(fault)
         except PageFault as fault:
-            return self._raise(Fault(PF, fault.code, cr2=fault.address))
+            return self.raise_fault(Fault(PF, fault.code, cr2=fault.address))
         except EptFault as fault:
-            self._sync()
+            self.sync()
             return ept_exit(fault)
 
     def _blocks(self) -> VmExit | None:
         awaited = self.controls.primary & (Primary.INTERRUPT_WINDOW | Primary.NMI_WINDOW)
         cut, self._cut = self._cut, False
         if (awaited and self.engine.env.hflags & HF_INHIBIT) or (cut and self._left == 1):
-            return self._one()
+            return self.one()
         return self._go(self._left, cut)
 
     def _go(self, budget: int, cut: bool) -> VmExit | None:
@@ -236,11 +238,11 @@ class TranslatingCore:
         spent = budget - self.engine.context.budget
         stopped = self.engine.context.stopped
         if stopped or self.translations.at_limit:
-            self._count(spent)
+            self.count(spent)
             return self._after_stop(stopped, budget)
-        return self._after_event(error, spent)
+        return self.stops.act(error, spent)
 
-    def _count(self, instructions: int) -> None:
+    def count(self, instructions: int) -> None:
         self._left -= instructions
         self.statistics.instructions += instructions
 
@@ -250,114 +252,40 @@ class TranslatingCore:
         elif stopped == FULL:
             self.engine.forget_blocks()
             self.view.forget_blocks()
-            self._positions.clear()
+            self.stops.forget_blocks()
         elif budget > 1 and not self.engine.context.kick:
             self._cut = True
         return None
 
-    def _after_event(self, error: int, spent: int) -> VmExit | None:
-        """The engine stopped inside a block, or at one that it could not fetch."""
-        env = self.engine.env
-        if self.translations.refused is not None:
-            fault, access = self.translations.refused
-            self._count(spent if access is Access.FETCH else spent - self._unfinished())
-            return self._after_refusal(fault, access)
-        vector = UD if error == ILLEGAL else self.engine.exception
-        if error not in (0, EXCEPTION, ILLEGAL):
-            raise HostError(f"a translation leads to where no memory is (unicorn error {error})")
-        if not error or not 0 <= vector < 32:
-            # It stopped by itself at what should have been replaced, so it is no instruction here.
-            self._count(spent)
-            raise Fault(UD)
-        if vector == BP and env.u32[IS_INT // 4]:
-            return self._after_int3(spent)
-        if vector == OF and env.u32[IS_INT // 4]:
-            self._count(spent)
-            return self._trap(OF)
-        if vector == DB:
-            self._count(spent)
-            self._sync()
-            self.state.dr6 |= env.u64[DR // 8 + 6] & STEP
-            return self._raise(Fault(DB))
-        self._count(spent - self._unfinished())
-        raise Fault(vector, env.error_code & 0xFFFF if vector in WITH_ERROR_CODE else None)
-
-    def _after_int3(self, spent: int) -> VmExit | None:
-        env = self.engine.env
-        at = env.linear_rip - 1 & (2**64 - 1 if env.hflags & HF_CS64 else 0xFFFF_FFFF)
-        if self.view.code(at, 1) == INT3:
-            self._count(spent)
-            return self._trap(BP)
-        self._count(spent - 1)
-        env.u64[EIP // 8] = env.rip - 1 & (2**64 - 1 if env.bits == 64 else 0xFFFF_FFFF)
-        return self._act(self._instruction())
-
-    def _trap(self, vector: int) -> VmExit | None:
-        """INT3 or INTO, which has been executed; the event belongs to the instruction."""
-        self._sync()
-        self.state.rip -= 1
-        event = Event(vector, EventType.SOFTWARE_EXCEPTION, None, 1)
-        return self._going_on(self.delivery.software(event))
-
-    def _after_refusal(self, fault: PageFault | EptFault, access: Access) -> VmExit | None:
-        env, exact = self.engine.env, self.engine.fault_address
-        if access is Access.FETCH and exact // PAGE != env.linear_rip // PAGE:
-            # The translator looks ahead; the instruction at hand may not reach that page at all.
-            instruction = self._instruction()
-            if not self._crosses(instruction):
-                return self._one()
-        if isinstance(fault, PageFault):
-            raise Fault(PF, fault.code, cr2=exact)
-        physical = fault.physical
-        if fault.qualification & _FINAL or fault.reason != Reason.EPT_VIOLATION:
-            physical = physical & ~(PAGE - 1) | exact % PAGE
-        raise EptFault(fault.reason, fault.qualification, exact, physical)
-
-    def _crosses(self, instruction: Instruction) -> bool:
-        return self.engine.env.linear_rip % PAGE + instruction.len > PAGE
-
-    def _unfinished(self) -> int:
-        """How many instructions of the current block were counted and have not been executed."""
-        context, env = self.engine.context, self.engine.env
-        if context.count <= 1:
-            return int(context.count)
-        key = context.block, env.rip
-        done = self._positions.get(key)
-        if done is None:
-            length = env.linear_rip - context.pc
-            code = self.view.code(context.pc, length) if 0 <= length < PAGE else b""
-            done = self._positions[key] = self._scanner.position(code, env.bits)
-        return max(int(context.count) - done, 0)
-
     # --- One instruction ---
 
-    def _one(self) -> VmExit | None:
+    def one(self) -> VmExit | None:
         """Execute the instruction at RIP, and no more."""
-        instruction = self._instruction()
-        if self._scanner.sensitive(instruction, self.engine.env.cpl == 3):
-            return self._act(instruction)
+        instruction = self.instruction()
+        if self.scanner.sensitive(instruction, self.engine.env.cpl == 3):
+            return self.act(instruction)
         return self._go(1, cut=True)
 
-    def _instruction(self) -> Instruction:
+    def instruction(self) -> Instruction:
         """The one at RIP, from its own bytes; its second page is fetched only if it has one."""
         env = self.engine.env
         at, bits = env.linear_rip, env.bits
         room = PAGE - at % PAGE
         if at // PAGE not in self.view.frames:
             self.view.fetch(at, self.translations.ask(at, Access.FETCH, env.cpl == 3).frame)
-        found = self._scanner.decode(self.view.code(at, min(LONGEST, room)), bits)
+        found = self.scanner.decode(self.view.code(at, min(LONGEST, room)), bits)
         if found.len and found.len <= room and (found.code or room >= LONGEST):
             return found
         following = at + room
         frame = self.translations.ask(following, Access.FETCH, env.cpl == 3).frame
         self.view.fetch(following, frame)
-        return self._scanner.decode(self.view.code(at, LONGEST), bits)
+        return self.scanner.decode(self.view.code(at, LONGEST), bits)
 
-    def _act(self, instruction: Instruction) -> VmExit | None:
+    def act(self, instruction: Instruction) -> VmExit | None:
         """What a sensitive instruction does in this ring, under these controls."""
         handler = self._handlers.of(instruction)
         if handler not in STATELESS:
-            self._sync()
+            self.sync()
         self.shadow = 0
         result = handler(self, instruction)
         if isinstance(result, VmExit):
@@ -383,18 +311,18 @@ class TranslatingCore:
         stepped = state.rflags & RFLAGS_TF
         state.rflags &= ~RFLAGS_RF
         state.interruptibility = state.interruptibility & ~SHADOWED | self.shadow
-        self._count(1)
+        self.count(1)
         if stepped:
             state.dr6 |= STEP
-            return self._raise(Fault(DB))
+            return self.raise_fault(Fault(DB))
         self._resume()
         return None
 
     # --- Exceptions and interrupts ---
 
-    def _raise(self, fault: Fault) -> VmExit | None:
-        self._sync()
-        return self._going_on(self.delivery.fault(fault))
+    def raise_fault(self, fault: Fault) -> VmExit | None:
+        self.sync()
+        return self.going_on(self.delivery.fault(fault))
 
     def deliver_software(self, event: Event) -> Outcome | VmExit:
         return self.delivery.software(event) or Outcome.JUMPED
@@ -428,15 +356,15 @@ class TranslatingCore:
         self._resume()
         with self.window.opened(pages, reader, writer):
             exit = self._guarded(self._whole_instruction)
-        self._sync()
+        self.sync()
         return exit
 
     def _whole_instruction(self) -> VmExit | None:
         before, start = self.statistics.instructions, self.engine.env.rip
-        instruction = self._instruction()
+        instruction = self.instruction()
         repeated = instruction.has_rep_prefix or instruction.has_repne_prefix
         while True:
-            exit = self._one()
+            exit = self.one()
             begun = self.statistics.instructions != before
             if exit is not None or (begun and not (repeated and self.engine.env.rip == start)):
                 return exit

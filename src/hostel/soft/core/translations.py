@@ -8,7 +8,7 @@ from hostel.soft.physical import PAGE
 from hostel.soft.silicon import Access, EptFault, PageFault, Translation
 from hostel.soft.state import CR4_SMAP, RFLAGS_AC
 
-from .env import EFLAGS
+from .env import EFLAGS, HF_CS64
 
 if TYPE_CHECKING:
     from .translate import TranslatingCore
@@ -16,13 +16,22 @@ if TYPE_CHECKING:
 _READ, _WRITE, _EXECUTE = 1, 2, 4
 
 
+class NotCanonical(Exception):
+    """No linear address of 48 bits (SDM vol. 1 §3.3.7.1)."""
+
+
+Refusal = PageFault | EptFault | NotCanonical
+
+
 class Translations:
     def __init__(self, core: TranslatingCore) -> None:
         self._core = core
-        self.refused: tuple[PageFault | EptFault, Access] | None = None
+        self.refused: tuple[Refusal, Access] | None = None
         """What stopped the engine, with the address of a page only."""
         self.at_limit = False
         """The engine wanted to fetch what it has no instructions left to execute."""
+        self._unwatched: dict[int, set[int]] = {}
+        """Frames, and the pages through which they are written unseen."""
         self.implicit = False
         """The instruction being executed reads descriptor tables, as a supervisor."""
 
@@ -45,17 +54,45 @@ class Translations:
         device = core.window.frame(page)
         if device is not None and access is not Access.FETCH:
             return device, _READ | _WRITE
+        if core.engine.env.hflags & HF_CS64 and page >> 47 not in (0, 0x1_FFFF):
+            self.refused = NotCanonical(), access
+            return None
         try:
             found = self.ask(page, access, self._is_user(page))
         except (PageFault, EptFault) as refused:
             self.refused = refused, access
             return None
+        return found.frame, self._rights(page, access, found)
+
+    def _rights(self, page: int, access: Access, found: Translation) -> int:
+        """What of a page the engine may do without asking again.
+
+        The engine watches for stores to code through mappings that it may also execute, and through no
+        other. So a frame that code was fetched from is mapped so wherever it may be; and where it may not,
+        the first store drops that code.
+        """
+        view, frame = self._core.view, found.frame
         rights = (_READ if found.readable else 0) | (_WRITE if found.writable else 0)
         if access is Access.FETCH:
-            # Only a fetch gets the right to execute: a page that has it is slow to write to.
-            view.fetch(page, found.frame)
-            rights |= _EXECUTE if found.executable else 0
-        return found.frame, rights
+            self._becomes_code(page, frame)
+        if frame in view.fetched:
+            if found.executable:
+                return rights | _EXECUTE
+            if access is Access.WRITE:
+                self._core.drop_code(frame)
+            else:
+                rights &= ~_WRITE
+        if rights & _WRITE:
+            self._unwatched.setdefault(frame, set()).add(page)
+        return rights
+
+    def _becomes_code(self, page: int, frame: int) -> None:
+        self._core.view.fetch(page, frame)
+        for other in self._unwatched.pop(frame, ()):
+            self._core.engine.flush(other)
+
+    def flush(self) -> None:
+        self._unwatched.clear()
 
     def _is_user(self, page: int) -> bool:
         env, state = self._core.engine.env, self._core.state
