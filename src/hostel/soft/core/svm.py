@@ -123,9 +123,9 @@ class SvmCore:
         if address is None:
             self._nested.clear()
 
-    def forget_code(self) -> None:
-        """Code was written by somebody else than the guest, through the host's view of its memory."""
-        self._processor.forget_code()
+    def wrote(self, hpa: int, size: int) -> None:
+        """Somebody else changed memory: blocks translated from it are dropped."""
+        self._processor.write(hpa, self._physical.read(hpa, size))
 
     def save_fpu(self) -> bytes:
         return self._environment.fpu()
@@ -200,6 +200,7 @@ class SvmCore:
             self._processor.flush()
         self._environment.load(state, bool(nested))
         self._vmcb.write(controls, state, nested)
+        self._block.address = 0
         self._injected, self._events = event, self._block.events
         request = REQUEST_WINDOW if controls.primary & _WINDOW else 0
         if event is not None:
@@ -287,6 +288,7 @@ class SvmCore:
             self._vmcb.exit_info_2,
             block.port,
             block.size,
+            block.address,
             self._state,
             self._controls,
             self._fetcher.instruction(self._state),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import msgspec
-from iced_x86 import Code, Instruction, Mnemonic, OpKind, RegisterExt
+from iced_x86 import Code, Instruction, Mnemonic, OpKind, Register, RegisterExt
 
 from hostel.soft.physical import PhysicalMemory
 from hostel.soft.silicon import Controls, Event, EventType, Primary, Reason, Secondary, VmExit
@@ -21,13 +21,14 @@ from . import vmcb
 from .svm_io import io_exits, port_permitted
 from .svm_registers import (
     GeneralProtection,
+    canonical,
     load_control_register,
     read_msr,
     write_msr,
 )
 
 _U32 = 0xFFFF_FFFF
-GP, UD, DB = 13, 6, 1
+SS, GP, UD, DB = 12, 13, 6, 1
 _VMX = {
     Mnemonic.VMCALL: Reason.VMCALL,
     Mnemonic.VMCLEAR: Reason.VMCLEAR,
@@ -62,15 +63,23 @@ class Exit(msgspec.Struct):
     info2: int
     port: int
     size: int
+    linear: int
+    """The address of the last access that missed the TLB; 0 if there was none."""
     state: CpuState
     controls: Controls
     instruction: Instruction
     time: int
-    """Guest instructions so far: the time-stamp counter."""
+    """Guest instructions so far."""
     read: Callable[[int, int], bytes]
     """Guest memory by linear address, as a supervisor; may raise ``PageFault``."""
     vectoring: Event | None = None
     inject: Event | None = None
+
+    @property
+    def tsc(self) -> int:
+        controls = self.controls
+        offset = controls.tsc_offset if controls.primary & Primary.TSC_OFFSETTING else 0
+        return self.time + offset & (1 << 64) - 1
 
     def fault(self, vector: int, error: int | None = None) -> VmExit | None:
         """No VM exit: the guest gets this exception."""
@@ -117,8 +126,8 @@ def _rdtsc(exit: Exit, _: PhysicalMemory) -> VmExit | None:
         return exit.fault(UD)
     if controls.primary & Primary.RDTSC:
         return exit.exit(Reason.RDTSCP if ordered else Reason.RDTSC)
-    now = exit.time + (controls.tsc_offset if controls.primary & Primary.TSC_OFFSETTING else 0)
-    state.gpr[RAX], state.gpr[RDX] = now & _U32, now >> 32 & _U32
+    now = exit.tsc
+    state.gpr[RAX], state.gpr[RDX] = now & _U32, now >> 32
     if ordered:
         state.gpr[RCX] = state.msrs.get(0xC000_0103, 0) & _U32
     return exit.skip()
@@ -154,7 +163,7 @@ def _msr(exit: Exit, physical: PhysicalMemory) -> VmExit | None:
         if writes:
             write_msr(state, number, state.gpr[RDX] << 32 & ~_U32 | state.gpr[RAX] & _U32)
         else:
-            value = read_msr(state, number, exit.time + controls.tsc_offset)
+            value = read_msr(state, number, exit.tsc)
             state.gpr[RAX], state.gpr[RDX] = value & _U32, value >> 32
     except GeneralProtection:
         return exit.fault(GP, 0)
@@ -335,6 +344,8 @@ def _icebp(exit: Exit, _: PhysicalMemory) -> VmExit | None:
 
 def _exception(exit: Exit, _: PhysicalMemory) -> VmExit | None:
     vector, controls = exit.code - vmcb.EXCEPTION, exit.controls
+    if vector == GP and _is_stack_fault(exit):
+        vector = SS
     error = _error_code(exit) if vector in (8, 10, 11, 12, 13, 14, 17) else None
     event = Event(vector, EventType.HARDWARE_EXCEPTION, error)
     exits = bool(controls.exception_bitmap >> vector & 1)
@@ -361,6 +372,14 @@ def _error_code(exit: Exit) -> int:
     if vectoring is not None and exit.info1 == vectoring.vector * 16 + 2:
         return vectoring.vector * 8 + 2
     return exit.info1
+
+
+def _is_stack_fault(exit: Exit) -> bool:
+    """An access by SS to an address that is not canonical is #SS(0) (SDM vol. 3A §6.15); QEMU says #GP."""
+    if exit.info1 or exit.state.bits != 64 or canonical(exit.linear):
+        return False
+    instruction = exit.instruction
+    return instruction.is_stack_instruction or instruction.memory_segment == Register.SS
 
 
 def _undefined(exit: Exit) -> VmExit | None:

@@ -43,7 +43,8 @@ _CPU_NEXT_FLAGS, _CPU_REQUEST, _CPU_ENV, _CPU_FILL, _CPU_EXEC_INTERRUPT = (
     0xA7A0,
 )
 _ENV_UC, _ENV_FEATURES = 0x1B58, 0x1600
-_FEATURE_1_ECX, _XSAVE_BITS = 4, 3 << 26
+_WITHOUT = ((1, 1 << 30 | 3 << 26), (2, 1 << 18))
+"""Features that are taken away: RDRAND and RDSEED are not deterministic; XSAVE would run unasked."""
 REQUEST_EVENT, REQUEST_WINDOW = 2, 0x100
 """``interrupt_request``: CPU_INTERRUPT_HARD, which our stub takes for itself, and CPU_INTERRUPT_VIRQ."""
 COUNT_MASK = 0x7FFF
@@ -140,8 +141,8 @@ class Processor:
         fill.value, execute.value = self._base + ENTRY["fill"], self._base + ENTRY["inject"]
         self.request = ctypes.c_uint32.from_address(self.cpu + _CPU_REQUEST)
         self._next_flags = ctypes.c_int32.from_address(self.cpu + _CPU_NEXT_FLAGS)
-        features = _u64(self.env + _ENV_FEATURES + 8)
-        features.value &= ~_XSAVE_BITS
+        for word, bits in _WITHOUT:
+            _u64(self.env + _ENV_FEATURES + 8 * word).value &= ~bits
         self._flush = lib.tlb_flush_x86_64
         self._flush_page = lib.tlb_flush_page_x86_64
         self._flush.argtypes = (ctypes.c_void_p,)
@@ -203,8 +204,11 @@ class Processor:
         else:
             self._flush_page(self.cpu, address)
 
-    def forget_code(self) -> None:
-        self._lib.tb_flush_x86_64(ctypes.c_void_p(self.cpu))
+    def write(self, hpa: int, data: bytes) -> None:
+        """Through unicorn, which forgets what it has translated from there."""
+        self._call(
+            "uc_mem_write", self._handle, ctypes.c_uint64(hpa), data, ctypes.c_uint64(len(data))
+        )
 
     def close(self) -> None:
         if self._handle.value:

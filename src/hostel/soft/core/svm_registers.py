@@ -135,7 +135,7 @@ def read_msr(state: CpuState, number: int, tsc: int) -> int:
     if number in (MSR_FS_BASE, MSR_GS_BASE):
         return (state.fs if number == MSR_FS_BASE else state.gs).base
     if number == MSR_TSC:
-        return tsc & (1 << 64) - 1
+        return tsc
     if number == MSR_APIC_BASE:
         return state.msrs.get(number, 0xFEE0_0900)
     raise GeneralProtection

@@ -1,6 +1,6 @@
 """The host instructions that we add to unicorn, as source and as bytes.
 
-They share one page of data, ``block`` (``svm_host.Block``), 4 KiB after their first byte. The test beside
+They share one page of data, ``shared`` (``svm_host.Block``), 4 KiB after their first byte. The test beside
 this file assembles ``SOURCE`` and compares: there is no assembler on a user's machine.
 
 Offsets in a TranslationBlock: pc 0, cs_base 8, icount 0x16, code and its size 0x20 and 0x28; 0xc0 bytes
@@ -34,12 +34,12 @@ SOURCE = """\
 .set TLB_FILL,128
 .set EXEC_INTERRUPT,136
 .set INDEX,144
-.set block, start+0x1000
+.set shared, start+0x1000
 start:
 # UC_HOOK_INTR(uc, index, _): what has not run of the block is given back, then exception or exit
 intr:
  push rbx
- lea rbx,[rip+block]
+ lea rbx,[rip+shared]
  mov r8,[rbx+TB]
  test r8,r8
  jz 2f
@@ -82,8 +82,8 @@ intr:
  ret
 .p2align 4
 # UC_HOOK_BLOCK(uc, pc, size, _): the block stands in front of its code; its TranslationBlock, before that
-block_:
- lea rax,[rip+block]
+block:
+ lea rax,[rip+shared]
  mov r9,[rsp]
  and r9,-64
  mov r10d,8
@@ -111,20 +111,20 @@ block_:
 .p2align 4
 # UC_HOOK_INSN IN and OUT(uc, port, size, …): unicorn never asks the permission maps, so each one exits
 io:
- lea rax,[rip+block]
+ lea rax,[rip+shared]
  mov [rax+PORT],esi
  mov [rax+SIZE],edx
  mov esi,0x7b
  jmp 1f
 .p2align 4
 # UC_HOOK_INSN SYSCALL, SYSENTER(uc, _): unicorn leaves both to us
-syscall_:
- lea rax,[rip+block]
+syscall:
+ lea rax,[rip+shared]
  mov esi,0x4f0
  jmp 1f
 .p2align 4
-sysenter_:
- lea rax,[rip+block]
+sysenter:
+ lea rax,[rip+shared]
  mov esi,0x4f1
 1: mov rdi,[rax+ENV]
  xor edx,edx
@@ -133,7 +133,7 @@ sysenter_:
 .p2align 4
 # tlb_fill(cpu, address, size, access, …): which linear address it was, #VMEXIT(NPF) does not say
 fill:
- lea rax,[rip+block]
+ lea rax,[rip+shared]
  mov [rax+ADDRESS],rsi
  mov [rax+ACCESS],ecx
  mov [rax+INDEX],r8d
@@ -146,7 +146,7 @@ fill:
 # cpu_exec_interrupt(cpu, request): deliver an event before the first instruction
 inject:
  push rbx
- lea rbx,[rip+block]
+ lea rbx,[rip+shared]
  mov qword ptr [rbx+TB],0
  mov eax,[rbx+KIND]
  test eax,eax
