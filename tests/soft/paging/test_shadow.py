@@ -311,6 +311,22 @@ def test_large_pages_stay_large_where_no_table_lies_in_them(machine: Machine) ->
     assert statistics(machine).table_writes == before + 1
 
 
+def test_a_large_page_that_covers_its_own_tables(machine: Machine) -> None:
+    """Also where nobody knew of them before this very walk."""
+    machine.memory.write_u64(0xD000, 0xE007)
+    machine.memory.write_u64(0xE000, 0xF007)
+    machine.memory.write_u64(0xF000, 0x0087)
+    cpu = machine.cpu
+    cpu.load(Registers(ON, 0xD000, CR4_PAE, EFER_LME))
+    assert cpu.access(0x1_2000, WRITE).is_memory
+    before = statistics(machine).table_writes
+    assert cpu.access(0xF000, WRITE).is_memory
+    assert statistics(machine).table_writes == before + 1
+    machine.memory.write_u64(0xF000, 0x20_0087)
+    cpu.load(Registers(ON, 0xD000, CR4_PAE, EFER_LME))
+    assert cpu.access(0x1_2000).gpa == 0x21_2000
+
+
 def test_a_32_bit_guest_runs_on_pae_tables() -> None:
     with Machine("shadow") as machine:
         machine.memory.write_u32(0x1000, 0x2007)
