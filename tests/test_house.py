@@ -252,3 +252,25 @@ def test_importing_hostel_is_cheap() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert output.stdout.split() == []
+
+
+def test_what_a_guests_kernel_waits_for() -> None:
+    """Until it runs, Python imports little: what else the machine needs comes while it does."""
+    later = ["asyncio", "difflib", "email", "lzma", "shutil", "socket", "subprocess", "traceback"]
+    later += ["hostel.devices", "hostel.guest", "hostel.qemu", "hostel.virtio", "hostel.soft"]
+    first = [
+        "cli.entry",
+        "cli.boot",
+        "disks",
+        "host.attaching",
+        "host.runtime",
+        "machine",
+        "prepare",
+    ]
+    first += ["monitor", "monitor.board"]
+    names = ", ".join(f"hostel.{name}" for name in first)
+    program = f"import sys, {names}; print(*[name for name in {later} if name in sys.modules])"
+    output = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert output.stdout.split() == []
