@@ -207,3 +207,15 @@ def test_the_nmi_window_opens_after_iret() -> None:
         guest.controls.primary |= Primary.NMI_WINDOW
         assert guest.run(Event(2, EventType.NMI)).reason is Reason.NMI_WINDOW
         assert (guest.state.gpr[RAX], guest.state.rip) == (1, CODE)
+
+
+def test_flags_live_on_over_exits() -> None:
+    with SvmGuest(
+        "stc; std; cpuid; setc %bl; xor %eax, %eax; cpuid; setz %bh; pushf; hlt"
+    ) as guest:
+        for _ in range(2):
+            guest.skip(guest.run())
+        assert guest.state.rflags == 0x446
+        assert guest.run().reason is Reason.HLT
+        assert guest.state.gpr[RBX] == 0x101
+        assert guest.memory.read_u64(guest.state.gpr[RSP]) == 0x446

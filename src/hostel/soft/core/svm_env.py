@@ -1,8 +1,8 @@
 """Between ``CpuState`` and the live state of unicorn's processor (CPUX86State).
 
-QEMU keeps some things otherwise than a VMCS does: the arithmetic flags as an operation and its operands
-(``cc_op`` 1: plainly in ``cc_src``), DF as +1 or -1, and a digest of the mode in ``hflags``, on which each
-translated block depends. ``hflags`` is computed here from the state as a whole, never patched.
+QEMU keeps a digest of the mode in ``hflags``, on which each translated block depends. It is computed here
+from the state as a whole, never patched. While it runs, QEMU keeps the arithmetic flags as an operation and
+its operands, and DF beside them; it takes them apart as it starts, and puts EFLAGS together as it stops.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from hostel.soft.state import (
     MSR_SYSENTER_EIP,
     MSR_SYSENTER_ESP,
     MSR_TSC_AUX,
-    RFLAGS_DF,
     RFLAGS_ONE,
     RFLAGS_VM,
     CpuState,
@@ -63,9 +62,6 @@ _EXCEPTION, _EXCEPTION_AT = Struct("<I I Q"), 0x1508
 _FPU_SIZE = _MSRS - _FPU
 _FPU_CONTROL, _FPU_TAGS, _MXCSR = Struct("<H"), Struct("<8s"), Struct("<I")
 
-_ARITHMETIC = 0x8D5
-"""OF, SF, ZF, AF, PF, CF."""
-_OPERATION_EFLAGS = 1
 _HF_INHIBIT, _HF_GUEST = 1 << 3, 1 << 21
 _HF_CODE64 = 0x8030
 """CS32, SS32 and CS64: what a 64-bit code segment implies."""
@@ -113,7 +109,6 @@ class Environment:
     """A view of the live state."""
 
     def __init__(self, processor: Processor) -> None:
-        self._processor = processor
         size = _DR + 64
         self._view = memoryview((ctypes.c_ubyte * size).from_address(processor.env)).cast("B")
         self._view[_FPU : _FPU + _FPU_SIZE] = bytes(_FPU_SIZE)
@@ -124,7 +119,7 @@ class Environment:
 
     def load(self, state: CpuState, nested: bool) -> None:
         """VM entry's half."""
-        view, flags = self._view, state.rflags
+        view = self._view
         segments: list[int] = []
         for name in _SEGMENTS:
             segment: Segment = getattr(state, name)
@@ -140,12 +135,12 @@ class Environment:
             0,
             *state.gpr,
             state.rip,
-            flags & ~(_ARITHMETIC | RFLAGS_DF) | RFLAGS_ONE,
+            state.rflags | RFLAGS_ONE,
             0,
-            flags & _ARITHMETIC,
             0,
-            _OPERATION_EFLAGS,
-            -1 if flags & RFLAGS_DF else 1,
+            0,
+            0,
+            0,
             hidden_flags(state),
             hidden2,
             *segments,
@@ -191,14 +186,7 @@ class Environment:
         values = _MAIN.unpack_from(view, 0)
         state.gpr[:] = values[:16]
         state.rip = values[16]
-        operation = values[21]
-        arithmetic = (
-            values[19] if operation == _OPERATION_EFLAGS else self._processor.flags(operation)
-        )
-        direction = RFLAGS_DF if values[22] < 0 else 0
-        state.rflags = (
-            values[17] & ~(_ARITHMETIC | RFLAGS_DF) | arithmetic & _ARITHMETIC | direction
-        )
+        state.rflags = values[17]
         blocked = BLOCKED_BY_STI if values[23] & _HF_INHIBIT else 0
         state.interruptibility = blocked | (BLOCKED_BY_NMI if values[24] & _HF2_NMI else 0)
         at = 25

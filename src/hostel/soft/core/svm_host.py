@@ -147,9 +147,6 @@ class Processor:
         self._flush_page = lib.tlb_flush_page_x86_64
         self._flush.argtypes = (ctypes.c_void_p,)
         self._flush_page.argtypes = (ctypes.c_void_p, ctypes.c_uint64)
-        self._flags = lib.cpu_cc_compute_all_x86_64
-        self._flags.argtypes = (ctypes.c_void_p, ctypes.c_int)
-        self._flags.restype = ctypes.c_uint32
         self._hook("intr", _HOOK_INTR)
         self._hook("block", _HOOK_BLOCK)
         for entry, instruction in (
@@ -192,11 +189,6 @@ class Processor:
     def limit(self, instructions: int) -> None:
         """The next block to run is cut to this many."""
         self._next_flags.value = min(instructions, COUNT_MASK)
-
-    def flags(self, operation: int) -> int:
-        """The arithmetic flags, which the core keeps as the operation that made them."""
-        value: int = self._flags(self.env, operation)
-        return value
 
     def flush(self, address: int | None = None) -> None:
         if address is None:
