@@ -19,6 +19,8 @@ import msgspec
 from hostel.errors import UserError
 
 LABS = {
+    "vmx": "From VMXON to VMXOFF: what a processor does to run a guest, and what it answers to wrong use.",
+    "models": "Hypervisor, host and hybrid: where the devices are, and what must be crossed.",
     "iommu": "A device that copies memory by itself, and what an evil guest reaches with it.",
 }
 """Each with the question that it answers."""

@@ -1,0 +1,125 @@
+"""A mini guest on the host's own KVM: the yardstick of the labs."""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import ExitStack, closing
+
+import msgspec
+
+from hostel.boot.load import load_kernel
+from hostel.errors import GuestError, HostelError
+from hostel.hypervisor import HaltExit, Interrupted, MmioExit, PioExit, ShutdownExit
+from hostel.kvm import System, Vcpu
+from hostel.kvm.stats import Stats
+from hostel.memory import GuestMemory
+from hostel.soft import mini
+from hostel.vmm import layout
+from hostel.vmm.irq import pin_routes
+
+from .stage import CONSOLE, EXIT
+
+DEADLINE = 60.0
+
+
+class Run(msgspec.Struct, frozen=True):
+    """What one vCPU's guest did, and what the kernel counted of it."""
+
+    said: str
+    ended: str
+    returns: int
+    """Times that KVM_RUN came back to this process."""
+    vm: dict[str, int]
+    vcpu: dict[str, int]
+
+
+def missing() -> str:
+    """Why there is no KVM to compare with; empty if there is one."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return "no /dev/kvm that opens"
+    try:
+        System().close()
+    except HostelError as error:
+        return str(error)
+    return ""
+
+
+def paging() -> str:
+    """How this KVM virtualizes memory: ``nested`` or ``shadow``."""
+    for module, parameter in (("kvm_intel", "ept"), ("kvm_amd", "npt")):
+        try:
+            with open(f"/sys/module/{module}/parameters/{parameter}") as file:
+                return "nested" if file.read().strip() in ("Y", "1") else "shadow"
+        except OSError:
+            continue
+    return "shadow"  # KVM without either module (PVM) knows nothing else
+
+
+def play(name: str, **parameters: int) -> Run:
+    """Run it to its end. ``GuestError`` if it does not come to one in a minute."""
+    known = mini.guest(name)
+    guest = msgspec.structs.replace(known, parameters=known.parameters | parameters)
+    with ExitStack() as undo:
+        memory = undo.enter_context(GuestMemory(guest.memory))
+        entry = load_kernel(memory, mini.image(name, **parameters))
+        system = undo.enter_context(System())
+        vm = undo.enter_context(system.create_vm())
+        vm.set_identity_map_address(layout.HYPERVISOR_PAGES)
+        vm.set_tss_address(layout.HYPERVISOR_PAGES + 0x1000)
+        for slot, region in enumerate(memory.regions):
+            vm.map(slot, region)
+        if guest.irqchip:
+            vm.create_irqchip()
+            vm.create_pit()
+            vm.set_gsi_routes(pin_routes())
+        vcpu = undo.enter_context(vm.create_vcpu(0))
+        vcpu.set_cpuid(system.supported_cpuid())
+        entry.apply(vcpu)
+        said, ended, returns = _serve(vcpu, name)
+        of_vm = undo.enter_context(closing(vm.open_stats()))
+        of_vcpu = undo.enter_context(closing(vcpu.open_stats()))
+        return Run(said.decode("latin-1"), ended, returns, _plain(of_vm), _plain(of_vcpu))
+
+
+def _plain(statistics: Stats) -> dict[str, int]:
+    values = statistics.read()
+    return {name: value for name, value in values.items() if isinstance(value, int)}
+
+
+def _serve(vcpu: Vcpu, name: str) -> tuple[bytes, str, int]:
+    said, returns = bytearray(), 0
+    late = threading.Event()
+
+    def interrupt() -> None:
+        late.set()
+        vcpu.kick()
+
+    timer = threading.Timer(DEADLINE, interrupt)
+    timer.daemon = True
+    timer.start()
+    try:
+        while True:
+            exit = vcpu.run()
+            returns += 1
+            match exit:
+                case PioExit(port=port, is_write=True) if port == CONSOLE:
+                    said += exit.data
+                case PioExit(port=port, is_write=True) if port == EXIT:
+                    return bytes(said), "exit", returns
+                case PioExit(port=port, is_write=False):
+                    exit.data[:] = (b"\xe9" if port == CONSOLE else b"\xff") * len(exit.data)
+                case MmioExit(is_write=False):
+                    exit.data[:] = b"\xff" * len(exit.data)
+                case PioExit() | MmioExit():
+                    pass
+                case HaltExit():
+                    return bytes(said), "halt", returns
+                case ShutdownExit():
+                    return bytes(said), "shutdown", returns
+                case Interrupted() if not late.is_set():
+                    pass
+                case _:
+                    raise GuestError(f"the mini guest {name} on KVM ended with {exit}")
+    finally:
+        timer.cancel()
