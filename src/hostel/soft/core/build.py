@@ -90,12 +90,14 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     pointer, u64 = ctypes.c_void_p, ctypes.c_uint64
     lib.uc_emu_start.argtypes = pointer, u64, u64, u64, ctypes.c_size_t
     lib.uc_emu_stop.argtypes = (pointer,)
-    lib.uc_mem_write.argtypes = pointer, u64, ctypes.c_char_p, u64
     lib.uc_mem_map_ptr.argtypes = pointer, u64, ctypes.c_size_t, ctypes.c_uint32, pointer
     lib.tlb_flush_x86_64.argtypes = (pointer,)
+    lib.qemu_ram_addr_from_host_x86_64.argtypes = pointer, pointer
+    lib.qemu_ram_addr_from_host_x86_64.restype = u64
+    lib.tb_invalidate_phys_range_x86_64.argtypes = pointer, u64, u64
     lib.tlb_flush_page_x86_64.argtypes = pointer, u64
     lib.cpu_x86_cpuid_x86_64.argtypes = (pointer, *(ctypes.c_uint32,) * 2, *(pointer,) * 4)
-    for name in ("tlb_flush", "tlb_flush_page", "cpu_x86_cpuid"):
+    for name in ("tlb_flush", "tlb_flush_page", "cpu_x86_cpuid", "tb_invalidate_phys_range"):
         getattr(lib, f"{name}_x86_64").restype = None
     return lib
 

@@ -80,6 +80,7 @@ class Delivery:
                     return exit
                 event, return_rip = self._armed(fault), state.rip
         core.statistics.events_delivered += 1
+        core.spend()
         state.interruptibility &= ~SHADOWED
         if event.type is EventType.NMI:
             state.interruptibility |= BLOCKED_BY_NMI

@@ -104,6 +104,7 @@ class Engine:
         """A fault of ours inside a hook, where it cannot be raised."""
         build.control(self.handle, _BUFFER_SIZE, ctypes.c_uint32(_BUFFER))
         self.cpu = build.find_cpu(self.handle)
+        self._spans: list[Span] = []
         self.env = Env(self.cpu)
         self._without_features()
         self._reset_fpu()
@@ -240,11 +241,18 @@ class Engine:
         ctypes.memset(self._table, 0, ctypes.sizeof(self._table))
         self._first = 0
 
-    def write(self, hpa: int, data: bytes) -> None:
-        """To memory, so that blocks translated from it are dropped."""
-        build.check(self._lib.uc_mem_write(self.handle, hpa, data, len(data)), "a write")
+    def drop_blocks(self, hpa: int, size: int) -> None:
+        """Those translated from these bytes, which have changed."""
+        for span in self._spans:
+            if span.hpa <= hpa < span.hpa + span.size:
+                start = self._lib.qemu_ram_addr_from_host_x86_64(
+                    self.handle, span.hva + hpa - span.hpa
+                )
+                self._lib.tb_invalidate_phys_range_x86_64(self.handle, start, start + size)
+                return
 
     def map(self, span: Span) -> None:
+        self._spans.append(span)
         build.check(
             self._lib.uc_mem_map_ptr(self.handle, span.hpa, span.size, _ALL, span.hva),
             f"memory at {span.hpa:#x}",

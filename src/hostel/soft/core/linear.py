@@ -2,7 +2,7 @@
 
 Each page is translated by the ``Mmu`` like for an access of the processor's, and kept until the core is told
 to flush: deliveries of exceptions touch the same pages over and over. A store to a page that code was
-fetched from goes through the engine, which drops the blocks translated from there.
+fetched from drops the blocks translated from there.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class LinearMemory:
         self,
         physical: PhysicalMemory,
         translate: Translate,
-        store: Callable[[int, bytes], None],
+        drop_blocks: Callable[[int, int], None],
         code_frames: Container[int],
     ) -> None:
         self._physical = physical
         self._translate = translate
-        self._store = store
+        self._drop_blocks = drop_blocks
         self._code_frames = code_frames
         self._known: dict[tuple[int, Access, bool], int] = {}
 
@@ -64,8 +64,7 @@ class LinearMemory:
     def write_bytes(self, address: int, data: bytes, user: bool = False) -> None:
         """All pages are asked for before the first byte is written: a fault leaves nothing half done."""
         for hpa, count in list(self._parts(address, len(data), Access.WRITE, user)):
+            self._physical.write(hpa, data[:count])
             if hpa & ~(PAGE - 1) in self._code_frames:
-                self._store(hpa, data[:count])
-            else:
-                self._physical.write(hpa, data[:count])
+                self._drop_blocks(hpa, count)
             data = data[count:]

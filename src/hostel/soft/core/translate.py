@@ -77,7 +77,7 @@ class TranslatingCore:
         self.view = SplitView(physical, scanner, self.statistics)
         self.engine = Engine(self.translations.fill, self.view.meet)
         self.memory = LinearMemory(
-            physical, self.translations.ask, self.engine.write, self.view.fetched
+            physical, self.translations.ask, self.engine.drop_blocks, self.view.fetched
         )
         self.scanner = scanner
         self.delivery = Delivery(self)
@@ -239,22 +239,26 @@ class TranslatingCore:
         stopped = self.engine.context.stopped
         if stopped or self.translations.at_limit:
             self.count(spent)
-            return self._after_stop(stopped, budget)
+            return self._after_stop(stopped, single=cut and budget == 1)
         return self.stops.act(error, spent)
 
     def count(self, instructions: int) -> None:
         self._left -= instructions
         self.statistics.instructions += instructions
 
-    def _after_stop(self, stopped: int, budget: int) -> VmExit | None:
+    def spend(self) -> None:
+        """Of the timer, for a delivery: a handler that faults at once must not last for ever."""
+        self._left -= 1
+
+    def _after_stop(self, stopped: int, *, single: bool) -> VmExit | None:
         if stopped == TO_SCAN:
             self.view.make(self.engine)
         elif stopped == FULL:
             self.engine.forget_blocks()
             self.view.forget_blocks()
             self.stops.forget_blocks()
-        elif budget > 1 and not self.engine.context.kick:
-            self._cut = True
+        elif not single and not self.engine.context.kick:
+            self._cut = True  # a block is longer than what is left
         return None
 
     # --- One instruction ---
@@ -335,7 +339,7 @@ class TranslatingCore:
 
     def wrote(self, hpa: int, size: int) -> None:
         """Somebody else changed memory: blocks translated from it are dropped."""
-        self.engine.write(hpa, self.physical.read(hpa, size))
+        self.engine.drop_blocks(hpa, size)
 
     def step_emulated(
         self,
