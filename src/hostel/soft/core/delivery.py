@@ -73,6 +73,9 @@ class Delivery:
             except TaskGate as gate:
                 return VmExit(Reason.TASK_SWITCH, gate.selector | _BY_IDT, vectoring=event)
             except Fault as second:
+                # The bitmap first: what exits is the second exception, not yet a #DF made of both.
+                if exit := self._intercepted(second, event):
+                    return exit
                 fault = combine(event, second)
                 if fault is None:
                     return VmExit(Reason.TRIPLE_FAULT)
