@@ -5,13 +5,10 @@ The same for every hypervisor of the contract: vCPUs on threads, and the two por
 
 from __future__ import annotations
 
-import os
-import re
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from pathlib import Path
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 
 import msgspec
 
@@ -23,18 +20,20 @@ from hostel.hypervisor import (
     MmioExit,
     PioExit,
     ShutdownExit,
+    System,
     Vcpu,
+    Vm,
 )
-from hostel.kvm import System
-from hostel.memory import GuestMemory
+from hostel.kvm import System as KvmSystem
+from hostel.memory import PAGE, GuestMemory
 from hostel.soft import mini
+from hostel.soft.hypervisor.host import Trap
+from hostel.soft.hypervisor.machine import Paging
+from hostel.soft.vm import System as SoftSystem
 from hostel.vmm import layout
 from hostel.vmm.irq import pin_routes
 
 PATIENCE = 60.0
-IN_TESTBED = os.environ.get("HOSTEL_TESTBED") == "1"
-INTERPRETED = re.search(r"^flags.* (vmx|svm)\b", Path("/proc/cpuinfo").read_text(), re.M) is None
-"""This host's KVM, if any, does without the processor's help."""
 
 Machine = Callable[[mini.Guest, GuestMemory], AbstractContextManager[list[Vcpu]]]
 
@@ -52,21 +51,42 @@ class Outcome(msgspec.Struct, frozen=True):
 @contextmanager
 def on_kvm(guest: mini.Guest, memory: GuestMemory) -> Iterator[list[Vcpu]]:
     """vCPUs of a VM of the host's KVM, as a power-on leaves them."""
+    with KvmSystem() as system, system.create_vm() as vm:
+        if not guest.irqchip:
+            vm.set_identity_map_address(layout.HYPERVISOR_PAGES)
+            vm.set_tss_address(layout.HYPERVISOR_PAGES + PAGE)
+        with _vcpus(system, vm, guest, memory) as vcpus:
+            yield vcpus
+
+
+def on_soft(paging: Paging, trap: Trap) -> Machine:
+    """Of the software hypervisor, with this way of paging and this core."""
+
+    @contextmanager
+    def machine(guest: mini.Guest, memory: GuestMemory) -> Iterator[list[Vcpu]]:
+        with closing(SoftSystem(paging=paging, trap=trap)) as system:
+            vm = system.create_vm()
+            with closing(vm), _vcpus(system, vm, guest, memory) as vcpus:
+                yield vcpus
+
+    return machine
+
+
+@contextmanager
+def _vcpus(system: System, vm: Vm, guest: mini.Guest, memory: GuestMemory) -> Iterator[list[Vcpu]]:
+    for slot, region in enumerate(memory.regions):
+        vm.map(slot, region)
+    if guest.irqchip:
+        vm.create_chipset(layout.HYPERVISOR_PAGES)
+        vm.set_gsi_routes(pin_routes())
     with ExitStack() as undo:
-        system = undo.enter_context(System())
-        vm = undo.enter_context(system.create_vm())
-        vm.set_identity_map_address(layout.HYPERVISOR_PAGES)
-        vm.set_tss_address(layout.HYPERVISOR_PAGES + 0x1000)
-        for slot, region in enumerate(memory.regions):
-            vm.map(slot, region)
-        if guest.irqchip:
-            vm.create_irqchip()
-            vm.create_pit()
-            vm.set_gsi_routes(pin_routes())
-        vcpus = [undo.enter_context(vm.create_vcpu(id)) for id in range(guest.cpus)]
-        for vcpu in vcpus:
+        vcpus = []
+        for id in range(guest.cpus):
+            vcpu = vm.create_vcpu(id)
+            undo.callback(vcpu.close)
             vcpu.set_cpuid(system.supported_cpuid())
-        yield list[Vcpu](vcpus)
+            vcpus.append(vcpu)
+        yield vcpus
 
 
 class _Run:

@@ -13,37 +13,14 @@ from hostel.soft import mini
 from hostel.soft.mini import build
 from hostel.soft.mini.__main__ import main
 from hostel.spec import MachineSpec
-from soft.mini_rig import IN_TESTBED, INTERPRETED, PATIENCE, on_kvm, on_qemu, play
-
-NOT_ON_PVM = {
-    "software": "its emulator of ring 0 knows INT n in real mode only",
-    "syscall": "SYSCALL leaves ring 3 by its rip only: a page fault at LSTAR, as of ring 3; INT n is #UD",
-    "huge": "no pages of 1 GiB: the bit is reserved",
-    "fpu": "CR0.TS does not stop ring 3",
-    "flat": "no exception is delivered in 32-bit mode: its emulator gives up",
-    "paged": "paging outside long mode: MOV CR0 is #GP",
-    "pae": "paging outside long mode: MOV CR0 is #GP",
-    "segments": "no exception is delivered in 32-bit mode: its emulator gives up",
-}
-"""What a KVM that interprets ring 0 cannot run: there real KVM is asked for."""
-
-EMULATED = "the testbed's processor is emulated by QEMU, which "
-NOT_IN_TESTBED = {
-    "faults": EMULATED + "has #GP for #SS at an address that is not canonical",
-    "msrs": EMULATED + "takes any address for LSTAR",
-    "large": EMULATED + "leaves out P in the error code of a reserved bit",
-    "huge": EMULATED + "leaves out P in the error code of a reserved bit",
-    "guards": EMULATED + "leaves out P in the error code of a reserved bit",
-    "pae": EMULATED + "leaves out P in the error code of a reserved bit",
-    "segments": EMULATED + "checks no segment's limit or type",
-}
+from soft.mini_rig import PATIENCE, on_kvm, on_qemu, play
+from soft.mini_subjects import NOT_IN_TESTBED, NOT_ON_PVM, kvm_lacks
 
 
 def needed(name: str) -> list[pytest.MarkDecorator]:
     if name in NOT_IN_TESTBED:
-        reason = NOT_IN_TESTBED[name] if IN_TESTBED else NOT_ON_PVM.get(name, "")
-        unfit = IN_TESTBED or (bool(reason) and INTERPRETED)
-        return [pytest.mark.kvm, pytest.mark.skipif(unfit, reason=reason)]
+        reason = kvm_lacks(name)
+        return [pytest.mark.kvm, pytest.mark.skipif(bool(reason), reason=reason)]
     return [pytest.mark.linux_kvm] if name in NOT_ON_PVM else [pytest.mark.kvm]
 
 
