@@ -119,8 +119,14 @@ class PhysicalMemory:
         return value
 
     def read_u64(self, hpa: int) -> int:
-        value: int = _U64.unpack(self.view(hpa, 8))[0]
-        return value
+        """Walks are made of these: a view less than ``view`` makes."""
+        at = bisect_right(self._starts, hpa) - 1
+        if at >= 0:
+            base, view = self._views[at]
+            if hpa - base + 8 <= len(view):
+                value: int = _U64.unpack_from(view, hpa - base)[0]
+                return value
+        raise MemoryFault(f"host-physical address {hpa:#x}, 8 bytes, is not memory")
 
     def write_u32(self, hpa: int, value: int) -> None:
         _U32.pack_into(self.view(hpa, 4), 0, value)

@@ -8,7 +8,8 @@
 ``EptMemory`` makes guest tables readable by their GPAs through the EPT, so that the walker of the first
 dimension (walk.py) can be used as it is: that is what makes a walk two-dimensional.
 
-Execute-only pages are not supported (IA32_VMX_EPT_VPID_CAP bit 0 is 0): 100b is a misconfiguration.
+Execute-only pages are not supported (IA32_VMX_EPT_VPID_CAP bit 0 is 0): an entry that is present and
+cannot be read is a misconfiguration.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ LINEAR_VALID, FINAL = 1 << 7, 1 << 8
 to what it translates to, as opposed to a guest table entry on the way."""
 
 SHIFTS = (39, 30, 21, 12)
-_RESERVED = (
-    bits(51, PHYSICAL_BITS) | bits(7, 3),
-    bits(51, PHYSICAL_BITS) | bits(6, 3),
-    bits(51, PHYSICAL_BITS) | bits(6, 3),
-    bits(51, PHYSICAL_BITS),
+_ABOVE = bits(51, PHYSICAL_BITS)
+_LEVELS = (
+    (4, 39, _ABOVE | bits(6, 3)),
+    (3, 30, _ABOVE | bits(6, 3)),
+    (2, 21, _ABOVE | bits(6, 3)),
+    (1, 12, 0),
 )
+"""Number, shift, and what is reserved in an entry that leads to a table (SDM vol. 3C §28.2.2)."""
 _NEEDED = (READ, WRITE, EXECUTE)
 
 
@@ -81,17 +84,19 @@ class EptWalker:
         """The entries down to the page, the rights they leave together, the page's size."""
         table, rights = self.root, RIGHTS
         steps: list[Step] = []
-        for at, shift in enumerate(SHIFTS):
+        read = self.physical.read_u64
+        for level, shift, reserved in _LEVELS:
             address = table + (gpa >> shift & 511) * 8
-            value = self.physical.read_u64(address)
+            value = read(address)
             self.references += 1
-            steps.append(Step(4 - at, address, value))
+            steps.append(Step(level, address, value))
             if not value & RIGHTS:
                 raise self._violation(gpa, asked | cause)
-            if malformed(value, 4 - at):
+            page = level == 1 or value & LARGE_PAGE
+            if not value & READ or (_malformed_page(value, level) if page else value & reserved):
                 raise EptFault(Reason.EPT_MISCONFIGURATION, 0, self.linear, gpa)
             rights &= value
-            if shift == 12 or value & LARGE_PAGE:
+            if page:
                 return steps, rights, 1 << shift
             table = value & ADDRESS
         raise AssertionError("level 1 always ends a walk")
@@ -111,16 +116,12 @@ class EptWalker:
         return marked
 
 
-def malformed(value: int, level: int) -> bool:
-    """An EPT misconfiguration (SDM vol. 3C §28.2.3.1); the entry is present."""
-    if not value & READ:
-        return True  # write without read; or execute-only, which this processor has not
-    if level > 1 and not value & LARGE_PAGE:
-        return bool(value & _RESERVED[4 - level])
+def _malformed_page(value: int, level: int) -> bool:
+    """An EPT misconfiguration (SDM vol. 3C §28.2.3.1): a memory type that is none, reserved bits."""
     if level == 4 or value >> 3 & 7 in (2, 3, 7):
         return True
     low = bits(SHIFTS[4 - level] - 1, 12) if level > 1 else 0
-    return bool(value & (bits(51, PHYSICAL_BITS) | low))
+    return bool(value & (_ABOVE | low))
 
 
 class EptMemory:

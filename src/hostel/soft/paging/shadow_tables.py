@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from hostel.errors import HostError
-from hostel.soft.physical import PhysicalMemory
+from hostel.soft.physical import PAGE, PhysicalMemory
 
 from .guest_map import GuestMap
 from .virtualizer import PagingStatistics
@@ -31,6 +31,7 @@ from .walk import DIRTY, LARGE, LONG, PRESENT, USER, WRITABLE, Format
 
 _SHIFT_OF = (0, 12, 21, 30, 39)
 _CANONICAL = 0xFFFF << 48
+_NOWHERE = memoryview(b"\xff" * PAGE)
 _PASS = PRESENT | WRITABLE | USER
 
 
@@ -92,11 +93,12 @@ class Node:
 class Space:
     """The shadow of one address space."""
 
-    __slots__ = ("format", "key", "root", "users")
+    __slots__ = ("key", "narrow", "root", "users")
 
     def __init__(self, key: tuple[int, ...], format: Format | None) -> None:
         self.key = key
-        self.format = format
+        self.narrow = format is not None and format.entry == 4
+        """The guest's entries have 32 bits."""
         self.root: Node
         self.users = 0
         """vCPUs that have its root in CR3."""
@@ -337,23 +339,24 @@ class ShadowTables:
     def sync(self, table: GuestTable) -> None:
         """Take away what is no longer as the guest's entries say."""
         self.statistics.syncs += 1
+        hpa = self.guest_map.hpa(table.page << 12)
+        page = _NOWHERE if hpa is None else self.physical.view(hpa, PAGE)
+        quads, doubles = page.cast("Q"), page.cast("I")
         for entry in list(table.entries):
-            if entry in table.entries:  # else it went with one above it
-                self.sync_entry(entry)
+            assert entry.source is not None
+            at = entry.source & PAGE - 1
+            now = doubles[at >> 2] if entry.node.space.narrow else quads[at >> 3]
+            if changed(entry.was, now) and entry in table.entries:  # it may go with one above it
+                self.zap(entry)
 
     def sync_entry(self, entry: ShadowEntry) -> bool:
         """Whether it had to go."""
-        stale = changed(entry.was, self._read(entry))
+        assert entry.source is not None
+        read = self.guest_map.read_u32 if entry.node.space.narrow else self.guest_map.read_u64
+        stale = changed(entry.was, read(entry.source))
         if stale:
             self.zap(entry)
         return stale
-
-    def _read(self, entry: ShadowEntry) -> int:
-        assert entry.source is not None
-        format = entry.node.space.format
-        if format is not None and format.entry == 4:
-            return self.guest_map.read_u32(entry.source)
-        return self.guest_map.read_u64(entry.source)
 
 
 def changed(was: int, now: int) -> bool:
