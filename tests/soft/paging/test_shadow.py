@@ -365,6 +365,20 @@ def test_a_32_bit_guest_runs_on_pae_tables() -> None:
         assert statistics(machine).frames == 1 + 4, "and the root of the time before paging"
 
 
+def test_bits_that_a_pae_pdpte_must_not_have() -> None:
+    """Where other entries have their dirty bit, which may come without a change, this one is malformed."""
+    with Machine("shadow") as machine:
+        for at, content in ((0x1000, 0x2001), (0x2000, 0x3007), (0x3000, 0x8067), (0x3008, 0x1067)):
+            machine.memory.write_u64(at, content)
+        cpu = machine.cpu
+        cpu.load(Registers(ON, 0x1000, CR4_PAE, 0))
+        assert cpu.access(0).gpa == 0x8000
+        cpu.access(0x1000, WRITE)
+        machine.memory.write_u64(0x1000, 0x2041)
+        cpu.load(Registers(ON, 0x1000, CR4_PAE, 0))
+        assert cpu.access(0).fault == 9
+
+
 def test_frames_are_bounded_and_old_shadows_go_first() -> None:
     with Machine("shadow", quota=12) as machine:
         for root in range(1, 30):

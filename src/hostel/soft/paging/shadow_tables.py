@@ -74,7 +74,18 @@ class ShadowEntry:
         """Of the page, in a leaf."""
 
     def made_from(self, source: Source) -> bool:
-        return self.source == source.gpa and not changed(self.was, source.value)
+        return self.source == source.gpa and not self.is_stale(source.value)
+
+    @property
+    def plain(self) -> bool:
+        """A PAE PDPTE: it has no rights, and reserved bits in their place (SDM vol. 3A table 4-8)."""
+        return self.node.level == 3 and self.node is self.node.space.root
+
+    def is_stale(self, now: int) -> bool:
+        """A dirty bit that was set since is our own doing; one that was cleared must be set again."""
+        if self.plain:
+            return now != self.was
+        return bool((self.was ^ now) & ~DIRTY or self.was & ~now & DIRTY)
 
 
 class Node:
@@ -221,9 +232,7 @@ class ShadowTables:
             self.zap(entry)
         entry = self._new_entry(node, linear, source)
         entry.child = Node(node.space, self._allocate(), node.level - 1, entry.linear)
-        # A PAE PDPTE has no rights, and reserved bits in their place (SDM vol. 3A table 4-8).
-        plain = node.level == 3 and node is node.space.root
-        self._write(entry, entry.child.frame | (PRESENT if plain else _PASS))
+        self._write(entry, entry.child.frame | (PRESENT if entry.plain else _PASS))
         return entry.child
 
     def set_page(self, node: Node, linear: int, source: Source, leaf: Leaf) -> None:
@@ -346,19 +355,14 @@ class ShadowTables:
             assert entry.source is not None
             at = entry.source & PAGE - 1
             now = doubles[at >> 2] if entry.node.space.narrow else quads[at >> 3]
-            if changed(entry.was, now) and entry in table.entries:  # it may go with one above it
+            if entry.is_stale(now) and entry in table.entries:  # it may go with one above it
                 self.zap(entry)
 
     def sync_entry(self, entry: ShadowEntry) -> bool:
         """Whether it had to go."""
         assert entry.source is not None
         read = self.guest_map.read_u32 if entry.node.space.narrow else self.guest_map.read_u64
-        stale = changed(entry.was, read(entry.source))
+        stale = entry.is_stale(read(entry.source))
         if stale:
             self.zap(entry)
         return stale
-
-
-def changed(was: int, now: int) -> bool:
-    """A dirty bit that was set since is our own doing; one that was cleared must be set again."""
-    return bool((was ^ now) & ~DIRTY or was & ~now & DIRTY)

@@ -110,6 +110,8 @@ class FlushQueue:
         self._addresses: dict[int, None] = {}
 
     def address(self, address: int) -> None:
+        if self._scope in (Scope.CONTEXT, Scope.EPT):
+            return
         self._addresses[address] = None
         if len(self._addresses) > self.LIMIT:
             self.all(Scope.CONTEXT)
