@@ -49,6 +49,8 @@ _SEGMENTS = Struct("<" + "I4xQII" * 10)
 _SEGMENTS_END = SEGMENTS + _SEGMENTS.size
 _RIGHTS = 0xF0FF
 _PRESENT, _UNUSABLE = 0x80, 0x1_0000
+_BUSY = 2
+"""Of a TSS: LTR sets it in the table (SDM vol. 2A, LTR), and unicorn only there."""
 _DB, _LONG = 1 << 14, 1 << 13
 
 
@@ -138,6 +140,7 @@ class Env:
             segment.selector, segment.base, segment.limit, shown = fields[4 * at : 4 * at + 4]
             rights = shown >> 8 & _RIGHTS
             segment.rights = rights if rights & _PRESENT else rights & 0x60 | _UNUSABLE
+        state.tr.rights |= _BUSY
         state.gdtr.base, state.gdtr.limit = fields[33], fields[34]
         state.idtr.base, state.idtr.limit = fields[37], fields[38]
 

@@ -67,6 +67,8 @@ _HF_CODE64 = 0x8030
 """CS32, SS32 and CS64: what a 64-bit code segment implies."""
 _HF2_GIF, _HF2_NMI, _HF2_NPT = 1, 4, 1 << 6
 _UNUSABLE = 1 << 16
+_BUSY = 2
+"""Of a TSS: LTR sets it in the table (SDM vol. 2A, LTR), and unicorn only there."""
 _CR0_TRANSLATES = CR0_PG | CR0_WP | CR0_PE
 _CR4_TRANSLATES = CR4_PAE | CR4_PSE | CR4_PGE | CR4_SMEP | CR4_SMAP | CR4_LA57
 _EFER_TRANSLATES = EFER_NXE | EFER_LMA
@@ -196,6 +198,7 @@ class Environment:
             rights = flags >> 8 & 0xF0FF
             segment.rights = rights if rights & 0x80 else rights | _UNUSABLE
             at += 4
+        state.tr.rights |= _BUSY
         gdtr: Table = state.gdtr
         _, gdtr.base, gdtr.limit, _ = values[at : at + 4]
         _, state.idtr.base, state.idtr.limit, _ = values[at + 4 : at + 8]
