@@ -107,7 +107,9 @@ def _reset(vcpu: SoftVcpu) -> None:
     state = CpuState(cr0=CR0_CD | CR0_NW | CR0_ET, rip=0xFFF0)
     state.cs = Segment(0xF000, 0xFFFF_0000, 0xFFFF, RIGHTS_CODE16)
     state.gpr[RDX] = 0x600
+    sipi = vcpu.lapic.sipi  # it may have come already, after the INIT
     vcpu.lapic.reset()
+    vcpu.lapic.sipi = sipi
     vcpu.event = None
     vcpu.import_state(state)
     vcpu.activity = Activity.WAITS_FOR_SIPI if vcpu.id else Activity.RUNNING
