@@ -223,6 +223,7 @@ class Controls(msgspec.Struct):
     cr4_shadow: int = 0
     cr3_targets: tuple[int, ...] = ()
     tsc_offset: int = 0
+    """Between RDTSC and the instructions that the core has counted, under ``Primary.TSC_OFFSETTING``."""
     ept_pointer: int = 0
     """Used when ``Secondary.EPT`` is set: HPA of the top table and its attributes (§24.6.11)."""
     vpid: int = 0

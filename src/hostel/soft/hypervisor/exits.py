@@ -109,6 +109,12 @@ def _halt(vcpu: SoftVcpu, exit: VmExit) -> Exit | None:
     return None
 
 
+def _pause(vcpu: SoftVcpu, exit: VmExit) -> None:
+    """It waits for another processor: its slice is over."""
+    vcpu.skip(exit)
+    vcpu.pauses = True
+
+
 def _triple_fault(vcpu: SoftVcpu, exit: VmExit) -> Exit:
     return ShutdownExit()
 
@@ -168,7 +174,7 @@ HANDLERS: dict[Reason, Handler] = {
     Reason.ENTRY_MSR_LOADING: _failed_entry,
     Reason.MWAIT: _undefined,
     Reason.MONITOR: _undefined,
-    Reason.PAUSE: _skip,
+    Reason.PAUSE: _pause,
     Reason.EPT_VIOLATION: _ept_violation,
     Reason.EPT_MISCONFIGURATION: _misconfiguration,
     Reason.PREEMPTION_TIMER: _again,

@@ -61,7 +61,8 @@ def write_controls(vcpu: SoftVcpu) -> None:
     pcpu = vcpu.pcpu
     assert pcpu is not None
     paging, write = vcpu.paging.setup, vcpu.write
-    vcpu.primary = allowed(pcpu, MSR_VMX_TRUE_PRIMARY, PRIMARY | paging.primary)
+    several = Primary.PAUSE if len(vcpu.machine.vcpus) > 1 else 0  # one waits for another: let that run
+    vcpu.primary = allowed(pcpu, MSR_VMX_TRUE_PRIMARY, PRIMARY | paging.primary | several)
     write(Field.PIN_CONTROLS, allowed(pcpu, MSR_VMX_TRUE_PIN, PIN))
     write(Field.PRIMARY_CONTROLS, vcpu.primary)
     write(Field.SECONDARY_CONTROLS, allowed(pcpu, MSR_VMX_SECONDARY, _secondary(paging.secondary)))

@@ -54,6 +54,8 @@ class SoftVcpu:
         self.activity = Activity.WAITS_FOR_SIPI if id else Activity.RUNNING
         self.halted_open = False
         """Whether it halted with interrupts enabled."""
+        self.pauses = False
+        """It spins: another vCPU had better run."""
         self.exits: Counter[Reason] = Counter()
         self.migrations = 0
         self.instructions = 0
@@ -257,7 +259,8 @@ class SoftVcpu:
                 if (exit := self._complete()) is not None:
                     return exit
                 now = machine.tick(pcpu.tsc)
-                if now >= end or machine.attention or not inject.wake(self):
+                if now >= end or self.pauses or machine.attention or not inject.wake(self):
+                    self.pauses = False
                     return None
                 if (exit := self._enter(pcpu, machine.limit(now, end))) is not None:
                     return exit
