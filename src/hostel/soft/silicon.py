@@ -124,6 +124,9 @@ class Secondary(IntEnum):
     VPID = 1 << 5
     WBINVD = 1 << 6
     UNRESTRICTED_GUEST = 1 << 7
+    PAGED_REAL_MODE = 1 << 31
+    """Ours, not Intel's; AMD's processors always have it (APM vol. 2 §15.19): a guest may have CR0.PE = 0
+    with CR0.PG = 1, so that shadow tables translate for a guest in real mode too."""
 
 
 class Reason(IntEnum):

@@ -61,7 +61,9 @@ def write_controls(vcpu: SoftVcpu) -> None:
     pcpu = vcpu.pcpu
     assert pcpu is not None
     paging, write = vcpu.paging.setup, vcpu.write
-    several = Primary.PAUSE if len(vcpu.machine.vcpus) > 1 else 0  # one waits for another: let that run
+    several = (
+        Primary.PAUSE if len(vcpu.machine.vcpus) > 1 else 0
+    )  # one waits for another: let that run
     vcpu.primary = allowed(pcpu, MSR_VMX_TRUE_PRIMARY, PRIMARY | paging.primary | several)
     write(Field.PIN_CONTROLS, allowed(pcpu, MSR_VMX_TRUE_PIN, PIN))
     write(Field.PRIMARY_CONTROLS, vcpu.primary)
@@ -81,8 +83,11 @@ def write_controls(vcpu: SoftVcpu) -> None:
 
 
 def _secondary(paging: int) -> int:
-    """With EPT a guest may run without paging of its own, and in real mode (SDM vol. 3C §26.3.1.1)."""
-    return SECONDARY | paging | (Secondary.UNRESTRICTED_GUEST if paging & Secondary.EPT else 0)
+    """A guest may run in real mode; with EPT also without paging of its own (SDM vol. 3C §26.3.1.1)."""
+    real_mode = (
+        Secondary.UNRESTRICTED_GUEST if paging & Secondary.EPT else Secondary.PAGED_REAL_MODE
+    )
+    return SECONDARY | paging | real_mode
 
 
 def _write_host(vcpu: SoftVcpu, pcpu: PhysicalCpu) -> None:

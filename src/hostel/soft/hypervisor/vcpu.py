@@ -151,11 +151,11 @@ class SoftVcpu:
     @property
     def cr8(self) -> int:
         """The local APIC's TPR by another name (SDM vol. 3A §10.8.6.1)."""
-        return self.lapic.read(0x80, 4)[0] >> 4
+        return self.lapic.tpr >> 4
 
     @cr8.setter
     def cr8(self, value: int) -> None:
-        self.lapic.write(0x80, bytes((value << 4, 0, 0, 0)))
+        self.lapic.tpr = value << 4
 
     def translation_state(self) -> CpuState:
         """What the walkers need of the last exit's state. Valid until the next call."""

@@ -124,6 +124,14 @@ class Lapic:
         return bool(self.base & ENABLED and self._registers[SVR] & 1 << 8)
 
     @property
+    def tpr(self) -> int:
+        return self._registers[TPR]
+
+    @tpr.setter
+    def tpr(self, value: int) -> None:
+        self._set(TPR, value)
+
+    @property
     def ppr(self) -> int:
         """§10.8.3.1."""
         tpr, in_service = self._registers[TPR], max(self.isr.bit_length() - 1, 0)

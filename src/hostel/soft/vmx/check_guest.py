@@ -107,13 +107,16 @@ def _injected(vmcs: Vmcs) -> tuple[int, int] | None:
 
 def _control_registers(vmcs: Vmcs) -> Iterator[tuple[bool, str]]:
     cr0, cr4 = vmcs.read(Field.GUEST_CR0), vmcs.read(Field.GUEST_CR4)
-    unrestricted = secondary_of(vmcs) & Secondary.UNRESTRICTED_GUEST
-    fixed0 = CR0_FIXED0 & ~(CR0_PE | CR0_PG) if unrestricted else CR0_FIXED0
+    secondary = secondary_of(vmcs)
+    paged_real = bool(secondary & Secondary.PAGED_REAL_MODE)
+    fixed0 = CR0_FIXED0 & ~CR0_PE if paged_real else CR0_FIXED0
+    if secondary & Secondary.UNRESTRICTED_GUEST:
+        fixed0 &= ~(CR0_PE | CR0_PG)
     yield (
         fixed(cr0, fixed0, CR0_FIXED1),
         "§26.3.1.1: CR0 has bits that VMX operation does not allow",
     )
-    yield not cr0 & CR0_PG or bool(cr0 & CR0_PE), "§26.3.1.1: CR0.PG without CR0.PE"
+    yield not cr0 & CR0_PG or bool(cr0 & CR0_PE) or paged_real, "§26.3.1.1: CR0.PG without CR0.PE"
     yield (
         fixed(cr4, CR4_FIXED0, CR4_FIXED1),
         "§26.3.1.1: CR4 has bits that VMX operation does not allow",

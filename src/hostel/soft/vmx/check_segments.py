@@ -35,6 +35,9 @@ class Guest(msgspec.Struct):
     protected: bool
 
 
+REAL_MODE = Secondary.UNRESTRICTED_GUEST | Secondary.PAGED_REAL_MODE
+
+
 def check_segments(vmcs: Vmcs) -> Checks:
     guest = _gather(vmcs)
     yield from _selectors(guest)
@@ -71,7 +74,7 @@ def _gather(vmcs: Vmcs) -> Guest:
         segments={name: segment(number) for number, name in enumerate(SEGMENTS)},
         v8086=bool(vmcs.read(Field.GUEST_RFLAGS) & RFLAGS_VM),
         long=bool(vmcs.read(Field.ENTRY_CONTROLS) & EntryControl.GUEST_64),
-        unrestricted=bool(secondary_of(vmcs) & Secondary.UNRESTRICTED_GUEST),
+        unrestricted=bool(secondary_of(vmcs) & REAL_MODE),
         protected=bool(vmcs.read(Field.GUEST_CR0) & CR0_PE),
     )
 

@@ -145,6 +145,7 @@ CONTROLS: tuple[tuple[Pin | Primary | Secondary, str], ...] = (
     (Secondary.VPID, "GUEST_ASID, always"),
     (Secondary.WBINVD, "intercept WBINVD"),
     (Secondary.UNRESTRICTED_GUEST, "paged real mode, always"),
+    (Secondary.PAGED_REAL_MODE, "the same: ours, Intel has it not"),
 )
 
 _SEGMENTS = ("ES", "CS", "SS", "DS", "FS", "GS")
