@@ -128,6 +128,8 @@ class Environment:
             rights = 0 if segment.rights & _UNUSABLE else segment.rights
             if name == "ss":
                 rights |= segment.rights & 0x60
+            elif name == "tr":  # unicorn aborts where it finds a busy TSS (get_rsp_from_tss)
+                rights &= ~_BUSY
             segments += segment.selector, segment.base, segment.limit, (rights & 0xF0FF) << 8
         hidden2 = _HF2_GIF | nested * _HF2_NPT
         if state.interruptibility & BLOCKED_BY_NMI:
