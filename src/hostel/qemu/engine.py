@@ -326,6 +326,8 @@ class QemuEngine:
     def _was_reset(self) -> None:
         """The machine started again by itself, as it should, unless a panic did it."""
         self._drain()
+        if self._crash:
+            return  # it is being killed, and may be faster for a while than that
         self._reset_loop.reset()
         if self._panic.message:
             self._halted_in_panic()
