@@ -166,6 +166,7 @@ class Bench:
             memory.write_u64(GDT + 8 * index, entry)
         memory.write_u64(TSS + 4, RING0_STACK)
         memory.write_u64(TSS + 36, IST_STACK)
+        memory.write_u16(TSS + 0x66, 0x68)  # no I/O permission map
 
     def close(self) -> None:
         self.core.close()
