@@ -164,6 +164,11 @@ class Actor:
             case _:
                 raise GuestError(f"the mini guest {self.guest.name} ended with {exit}")
 
+    def has_ended_by(self, exit: Exit) -> bool:
+        """``answer``, for a scheduler."""
+        self.answer(exit)
+        return bool(self.ended)
+
     @property
     def words(self) -> str:
         return self.said.decode("latin-1")
