@@ -288,3 +288,38 @@ def test_stories_are_not_dull() -> None:
     assert told["table written"] > 10
     assert told["no memory"] > 10
     assert {f"fault {code:#x}" for code in (0, 2, 4, 5, 7, 9, 0x10, 0x11, 0x15)} <= set(told)
+
+
+PROTECTIONS = [
+    Registers(CR0_PE | CR0_PG | wp, 0x1000, CR4_PAE | smep | smap, EFER_LME | nxe)
+    for wp, smep, smap, nxe in product((0, CR0_WP), (0, CR4_SMEP), (0, CR4_SMAP), (0, EFER_NXE))
+]
+"""Each of them over the same tables."""
+ONE_BY_ONE = [n ^ n >> 1 for n in range(16)]
+"""A Gray code: from each to the next one bit changes, and from the last to the first."""
+
+
+def all_rights(machine: Machine) -> list[Outcome]:
+    """Every access to pages of every kind."""
+    outcomes = []
+    for page, access, user, override in product(range(8), Access, (False, True), (False, True)):
+        set_ring(machine, user, override)
+        outcomes.append(machine.cpu.access(page << 12, access, user))
+    return outcomes
+
+
+def test_protections_that_change_over_the_same_tables() -> None:
+    """A shadow made under one of them must not be taken under another."""
+    with ExitStack() as stack:
+        ways = [stack.enter_context(Machine(way)) for way in ("reference", "ept", "shadow")]
+        for machine in ways:
+            for at, content in ((0x1000, 0x2007), (0x2000, 0x3007), (0x3000, 0x4007)):
+                machine.memory.write_u64(at, content)
+            for page, rights in enumerate(product((0, 2), (0, 4), (0, NO_EXECUTE))):
+                machine.memory.write_u64(0x4000 + 8 * page, sum(rights) | (page + 16) << 12 | 0x61)
+        for at in ONE_BY_ONE * 2:
+            for machine in ways:
+                machine.cpu.load(PROTECTIONS[at])
+            reference, *others = [all_rights(machine) for machine in ways]
+            for machine, outcomes in zip(ways[1:], others, strict=True):
+                assert outcomes == reference, (machine.way, PROTECTIONS[at])
