@@ -42,3 +42,8 @@ def test_a_long_trace_is_cut_and_says_so() -> None:
         "1  guest  step 1",
         "… and 3 steps more (--steps)",
     ]
+
+
+def test_no_steps_wanted() -> None:
+    lines = list(draw.report(Report("x", "Why?", (Step("guest", "step"),)), steps=0))
+    assert lines == ["Why?", "… and 1 steps more (--steps)"]

@@ -30,11 +30,11 @@ class Node(msgspec.Struct, frozen=True):
 def report(told: Report, *, steps: int = 60) -> Iterator[str]:
     """A report as lines; of a long trace the first ``steps``."""
     yield from textwrap.wrap(told.question, WIDTH)
-    if told.steps:
+    if shown := told.steps[:steps]:
         yield ""
-        yield from trace(told.steps[:steps])
-        if len(told.steps) > steps:
-            yield f"… and {len(told.steps) - steps} steps more (--steps)"
+        yield from trace(shown)
+    if len(told.steps) > steps:
+        yield f"… and {len(told.steps) - steps} steps more (--steps)"
     for drawing in told.drawings:
         yield from ("", drawing.title, "")
         yield from drawing.lines
