@@ -156,6 +156,14 @@ def same(ways: list[Machine], act: Callable[[Machine], Outcome], what: str) -> O
     return outcomes[0]
 
 
+def flush_marked(ways: list[Machine]) -> None:
+    """Where an entry is a PAE guest's PDPTE as well, an accessed bit makes it malformed: no TLB sees that."""
+    guest = ways[0].cpu.guest
+    if guest.cr4 & CR4_PAE and not guest.efer & EFER_LMA:
+        for cpu in (cpu for machine in ways for cpu in machine.cpus):
+            cpu.load_and_flush(cpu.guest)
+
+
 def access(author: Author, ways: list[Machine]) -> str:
     address = author.address(ways[0].cpu.guest)
     kind, user = Access(author.random.randrange(3)), author.chance(0.5)
@@ -165,6 +173,7 @@ def access(author: Author, ways: list[Machine]) -> str:
         set_ring(machine, user or implicit, override)
     what = f"{kind.name} {address:#x} user={user} implicit={implicit} AC={override}"
     outcome = same(ways, lambda machine: machine.cpu.access(address, kind, user), what)
+    flush_marked(ways)
     if outcome.is_memory:
         author.known.append(address)
     if outcome.fault is not None:
@@ -183,6 +192,7 @@ def write_table(author: Author, ways: list[Machine]) -> str:
         f"store {address:#x}",
     )
     if not outcome.is_memory or outcome.gpa >> 12 not in TABLES:
+        flush_marked(ways)
         return "store elsewhere"
     value = author.content(outcome.gpa >> 12)
     if author.chance(0.5):  # what kernels do: take a right, or forget that a page was used

@@ -118,12 +118,14 @@ class Space:
 class GuestTable:
     """A page of guest memory that is shadowed."""
 
-    __slots__ = ("entries", "page", "writes")
+    __slots__ = ("entries", "page", "pointers", "writes")
 
     def __init__(self, page: int) -> None:
         self.page = page
         """Its GPA >> 12."""
         self.entries: dict[ShadowEntry, None] = {}
+        self.pointers = 0
+        """How many of them were made from a PAE PDPTE."""
         self.writes = 0
         """Times its protection was broken since a walk last used it."""
 
@@ -261,7 +263,9 @@ class ShadowTables:
         node.entries[entry.index] = entry
         entry.source, entry.was = source
         if source.gpa is not None:
-            self._table(source.gpa >> 12).entries[entry] = None
+            table = self._table(source.gpa >> 12)
+            table.entries[entry] = None
+            table.pointers += entry.plain
         return entry
 
     def _write(self, entry: ShadowEntry, value: int) -> None:
@@ -324,6 +328,7 @@ class ShadowTables:
         page = entry.source >> 12
         table = self.tables[page]
         del table.entries[entry]
+        table.pointers -= entry.plain
         if not table.entries:
             del self.tables[page]
             self.unsynced.pop(page, None)

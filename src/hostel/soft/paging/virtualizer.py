@@ -138,6 +138,7 @@ class PagingStatistics(msgspec.Struct):
     """Counted for one machine since it was made."""
 
     cr3_loads: int = 0
+    """Loads of CR3 that exit, and of what else bears on paging (CR0, CR4, EFER)."""
     invlpgs: int = 0
     page_faults: int = 0
     """#PF exits (shadow)."""
