@@ -175,6 +175,9 @@ class PhysicalCpu(VmxOperation):
         self.mode = Mode.NON_ROOT
         try:
             out = self.core.enter(self.state, controls, event)
+        except BaseException:
+            leave.load_host(self.state, vmcs, Reason.TRIPLE_FAULT)  # so that all can be put away
+            raise
         finally:
             self.mode = Mode.ROOT
         elapsed = self.core.statistics.instructions - before

@@ -63,6 +63,7 @@ class SoftVcpu:
         self.vmcs = machine.host.make_vmcs()
         self.pcpu: PhysicalCpu | None = None
         """Where the VMCS is active."""
+        self._was_on: PhysicalCpu | None = None
         self.state = CpuState()
         """What VMX does not switch; while this vCPU is loaded, the pCPU's own."""
         self.event: Event | None = None
@@ -92,7 +93,10 @@ class SoftVcpu:
             pcpu.vmclear(self.vmcs)
             self.launched = False
         pcpu.vmptrld(self.vmcs)
-        self.pcpu = pcpu
+        if pcpu is not self._was_on:
+            # What this pCPU still holds of it, it has itself made invalid elsewhere (SDM vol. 3C §28.3.3.3).
+            pcpu.invvpid(_INVVPID_CONTEXT, self.vpid)
+        self.pcpu = self._was_on = pcpu
         loaded[pcpu.id] = self
         self._load_registers(pcpu)
         if not self._has_vmcs:
@@ -258,11 +262,11 @@ class SoftVcpu:
             while True:
                 if (exit := self._complete()) is not None:
                     return exit
-                now = machine.tick(pcpu.tsc)
-                if now >= end or self.pauses or machine.attention or not inject.wake(self):
+                machine.tick(pcpu.tsc)
+                if pcpu.tsc >= end or self.pauses or machine.attention or not inject.wake(self):
                     self.pauses = False
                     return None
-                if (exit := self._enter(pcpu, machine.limit(now, end))) is not None:
+                if (exit := self._enter(pcpu, machine.limit(pcpu.tsc, end))) is not None:
                     return exit
         except TripleFault:
             return ShutdownExit()
