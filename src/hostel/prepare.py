@@ -42,26 +42,36 @@ class Choice(msgspec.Struct, frozen=True):
     reason: str
 
 
-def choose_engine(spec: MachineSpec) -> Choice:
+def choose_engine(spec: MachineSpec, kernel: Path | None = None) -> Choice:
     """``auto``: our own monitor where KVM runs a guest's kernel at speed, else QEMU.
 
-    A named engine that cannot work is an error with the reason.
+    A named engine that cannot work is an error with the reason. A KVM that interprets the guest's kernel is
+    no place for Linux, but it runs a small ``kernel`` of one's own, if asked to.
     """
     if spec.engine == "soft":
         return Choice("soft", "kvm", _soft(spec))
     report = verdict()
-    if spec.engine == "kvm" and not report.usable:
+    named = spec.engine == "kvm" and not report.usable
+    asked = named and report.max_vcpus > 0 and kernel is not None and not _is_linux(kernel)
+    if named and not asked:
         raise KvmError(
             f"engine kvm cannot run Linux here: {report.reason}",
             cure="use --engine qemu, or a host with hardware virtualization",
         )
-    if report.usable and spec.cpus > report.max_vcpus:
+    if (report.usable or asked) and spec.cpus > report.max_vcpus:
         raise SpecError(f"this host's KVM takes at most {report.max_vcpus} vCPUs, not {spec.cpus}")
-    if report.usable and spec.engine != "qemu":
+    if asked or (report.usable and spec.engine != "qemu"):
         return Choice("kvm", "kvm", report.reason)
     if report.usable:
         return Choice("qemu", "kvm", f"as asked, on KVM: {report.reason}")
     return Choice("qemu", "tcg", f"emulated by QEMU: {report.reason}")
+
+
+def _is_linux(path: Path) -> bool:
+    from .boot.image import open_kernel
+
+    with open_kernel(path) as kernel:
+        return kernel.protocol == "linux"
 
 
 def _soft(spec: MachineSpec) -> str:
@@ -175,7 +185,7 @@ def prepare_raw(spec: MachineSpec, runtime: Path, *, networks: Networks | None =
             cure="give it one of yours (--kernel IMAGE)",
         )
     image = kernels.find(spec.kernel)
-    choice = choose_engine(spec)
+    choice = choose_engine(spec, image.image)
     disks = checked_disks(spec.disks)
     networks = networks or foreseen(spec, runtime)
     return Plan(
