@@ -77,6 +77,7 @@ class Translations:
             self._becomes_code(page, frame)
         if frame in view.fetched:
             if found.executable:
+                view.fetch(page, frame)  # the engine will not ask again to fetch from here
                 return rights | _EXECUTE
             if access is Access.WRITE:
                 self._core.drop_code(frame)

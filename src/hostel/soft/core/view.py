@@ -8,6 +8,7 @@ has a reading of its own (bytes may be code in two ways), and the translator tra
 
 from __future__ import annotations
 
+from hostel.errors import HostError
 from hostel.soft.physical import PAGE, PhysicalMemory
 from hostel.soft.silicon import CoreStatistics
 
@@ -54,6 +55,8 @@ class SplitView:
             return False
         self._statistics.blocks_scanned += 1
         code = self.code(block.pc, block.size)
+        if len(code) != block.size:
+            raise HostError(f"a block at {block.pc:#x} comes from a page that was not fetched")
         found = self._scanner.first_sensitive(code, bits_of(block.flags), block.flags & 3 == 3)
         if found is None:
             return False
