@@ -207,17 +207,17 @@ class ShadowVcpu:
         if slot is None or (write and (slot.read_only or self._must_emulate(page, ask))):
             self._statistics.emulated += 1
             return Verdict(Do.EMULATE, page.address)
-        self._fill(address, self._mark(page, access), slot, ask)
+        marked = mark(self._map, page, access)
+        self._fill(address, marked, slot, ask)
+        self._notice(page, marked)
         return RETRY
 
-    def _mark(self, page: Walk, access: Access) -> Walk:
-        """Accessed and dirty bits: no change to what an entry means, but where it is a PDPTE as well."""
-        marked = mark(self._map, page, access)
-        for before, now in zip(page.steps, marked.steps, strict=True):
-            table = self._tables.tables.get(now.address >> 12)
-            if before is not now and table is not None and table.pointers:
-                self._tables.sync(table)
-        return marked
+    def _notice(self, before: Walk, now: Walk) -> None:
+        """Accessed and dirty bits change nothing of what an entry means; but where it is a PDPTE as well,
+        they make it malformed. Shadows may be behind that as a TLB would be: until the next flush."""
+        for old, new in zip(before.steps, now.steps, strict=True):
+            if old is not new:
+                self._tables.suspect(new.address >> 12)
 
     def _must_emulate(self, page: Walk, ask: Asked) -> bool:
         """A write that only CR0.WP=0 permits, to a user's page, under SMAP: see above."""
@@ -318,7 +318,7 @@ class ShadowVcpu:
 
     def translate(self, state: CpuState, address: int, access: Access, user: bool) -> int:
         page = walk(self._map, self._guest, address, asked(state, access, user))
-        self._mark(page, access)
+        self._notice(page, mark(self._map, page, access))
         return page.address
 
     def take_flush(self) -> Flush | None:

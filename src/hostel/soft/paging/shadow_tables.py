@@ -350,6 +350,12 @@ class ShadowTables:
             self.unsynced[page] = self.tables[page]
             self.tables[page].writes += 1
 
+    def suspect(self, page: int) -> None:
+        """An accessed or dirty bit was set there: out of sync, if it holds PDPTEs."""
+        table = self.tables.get(page)
+        if table is not None and table.pointers:
+            self.unsynced[page] = table
+
     def sync(self, table: GuestTable) -> None:
         """Take away what is no longer as the guest's entries say."""
         self.statistics.syncs += 1
