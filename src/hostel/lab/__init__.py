@@ -21,6 +21,7 @@ from hostel.errors import UserError
 LABS = {
     "paging": "Shadow against nested paging: the same guests, and what each way pays for what.",
     "vmx": "From VMXON to VMXOFF: what a processor does to run a guest, and what it answers to wrong use.",
+    "schedule": "Several machines on two processors: shares, migration, threads that move by themselves.",
     "rings": "Rings and modes: what a guest does by itself, and what leaves it.",
     "models": "Hypervisor, host and hybrid: where the devices are, and what must be crossed.",
     "iommu": "A device that copies memory by itself, and what an evil guest reaches with it.",

@@ -87,6 +87,7 @@ class Actor:
         self._stage = stage
         self.memory = GuestMemory(self.guest.memory)
         self.machine = SoftMachine(stage.host, paging=paging)
+        self.machine.has_chips = self.guest.irqchip
         for slot, region in enumerate(self.memory.regions):
             self.machine.map(slot, region)
         self.vcpus = [self.machine.add_vcpu(id) for id in range(self.guest.cpus)]
