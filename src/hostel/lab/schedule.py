@@ -52,7 +52,9 @@ class Play:
     def __init__(self, stage: Stage, parts: Sequence[Part]) -> None:
         self.stage = stage
         self.slices: list[Slice] = []
-        self.actors = {part.mark: stage.actor(part.guest, **part.parameters) for part in parts}
+        self.actors = {
+            part.mark: stage.actor(part.guest, "ept", **part.parameters) for part in parts
+        }
         self.scheduler = Scheduler(stage.host.pcpus, slice=SLICE)
         self.scheduler.on_slice = self.slices.append
         self.entries = {
@@ -109,7 +111,7 @@ class Play:
 
 def _alone(part: Part) -> mini.Results:
     with Stage() as stage:
-        actor = stage.actor(part.guest, **part.parameters)
+        actor = stage.actor(part.guest, "ept", **part.parameters)
         actor.play()
         return mini.results(actor.memory)
 
@@ -126,7 +128,7 @@ def run(arguments: Sequence[str] = ()) -> Report:
     statistics = {name: entry.statistics for name, entry in play.entries.items()}
     steps = (
         Step("scheduler", f"moves {moved.vcpu} from pCPU {moved.came_from} to pCPU {moved.pcpu}"),
-        *tell(trace),
+        *(Step(step.who, step.what) for step in tell(trace)),  # each pCPU has a clock of its own
         *(Step("guest T", line) for line in play.actors["T"].words.splitlines()),
     )
     migrations = sum(one.migrations for one in statistics.values())
@@ -156,8 +158,8 @@ def run(arguments: Sequence[str] = ()) -> Report:
             f"{migrations} migrations; each is VMCLEAR on the old pCPU, then VMPTRLD and VMLAUNCH on the "
             "new one. The VMCS is in memory in between, and on one pCPU at a time.",
             f"Machines that leave what they leave alone: {', '.join(same)} of "
-            f"{', '.join(part.mark for part in PARTS)}. Each of the {len(vpids)} vCPUs has a VPID of its own, "
-            "so that no translation of another is ever taken for its.",
+            f"{', '.join(part.mark for part in PARTS)}. Each of the {len(vpids)} vCPUs has a VPID of its "
+            "own, so that no translation of another is ever taken for its.",
             "T moves a thread from one vCPU to the other by an interrupt that it sends itself. To the "
             "hypervisor both vCPUs are only things to run: any thread of the guest may be on either, on "
             "whichever pCPU.",
