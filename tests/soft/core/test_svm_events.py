@@ -225,6 +225,30 @@ def test_code_that_changes_itself() -> None:
         assert guest.state.gpr[RBX] == 8
 
 
+def test_code_that_is_changed_by_another_address() -> None:
+    source = """
+        mov $3, %ecx
+    1:  call 0x9000
+        incb 0x123001           # the operand at 0x9001
+        movb $1, 0x123100       # the page is written before, and after
+        dec %ecx; jnz 1b; hlt
+    """
+    with SvmGuest(source) as guest:
+        guest.memory.write_u64(0x6000 + 8 * 0x123, 0x9007)
+        guest.memory.write(0x9000, b"\xb0\x01\x00\xc3\xc3")  # mov $1, %al; add %al, %bl; ret
+        assert guest.run().reason is Reason.HLT
+        assert guest.state.gpr[RBX] == 1 + 2 + 3
+
+
+def test_a_guest_table_in_a_page_that_is_not_executable() -> None:
+    with SvmGuest("mov 0x123000, %al; hlt") as guest:
+        leaf = guest.leaves + 8 * 6
+        guest.physical.write_u64(leaf, guest.physical.read_u64(leaf) & ~4)
+        assert guest.run().reason is Reason.HLT
+        guest.state.rip = 0x6000
+        assert guest.run().qualification == 0x184 | 3 << 3
+
+
 def test_a_flush_shows_changed_tables() -> None:
     with SvmGuest("mov 0x123000, %al; hlt; mov 0x123000, %bl; hlt") as guest:
         guest.memory.write(0x123000, b"\1")

@@ -7,17 +7,21 @@
 
 The entries have other bits, so the core keeps a copy of its own, like a TLB: filled on a nested page
 fault, forgotten on a flush. A page is writable in the copy only once the EPT's dirty bit is set, if the
-EPT keeps dirty bits. Who has built an NPT in the first place (``EptPaging(npt=True)``) needs none of this.
+EPT keeps dirty bits.
+
+No entry has NX: QEMU's walker follows a null pointer when it meets NX on a page that holds a guest table, and
+any page may. What may not be executed is in a map of bits by host-physical page, which our stub asks.
 """
 
 from __future__ import annotations
 
+import mmap
 from struct import Struct
 
 from hostel.soft.paging.nested import EXECUTE, WRITE, EptPage
 from hostel.soft.physical import PAGE
 
-_P, _W, _U, _A, _D, _LARGE, _NX = 1, 2, 4, 0x20, 0x40, 0x80, 1 << 63
+_P, _W, _U, _A, _D, _LARGE = 1, 2, 4, 0x20, 0x40, 0x80
 _TABLE = _P | _W | _U | _A
 _LARGE_SIZE = 2 << 20
 _SHIFTS = 39, 30, 21
@@ -28,8 +32,9 @@ _U64 = Struct("<Q")
 class NestedTables:
     """Frames of ``memory``, which the core sees at ``hpa``."""
 
-    def __init__(self, memory: memoryview, hpa: int) -> None:
-        self._memory, self._hpa = memory, hpa
+    def __init__(self, memory: memoryview, hpa: int, no_execute: mmap.mmap) -> None:
+        self._memory, self._hpa, self._no_execute = memory, hpa, no_execute
+        self._marked: list[int] = []
         self.fills = 0
         self.clear()
 
@@ -40,6 +45,9 @@ class NestedTables:
     def clear(self) -> None:
         self._used = 1
         self._memory[:PAGE] = bytes(PAGE)
+        for page in self._marked:
+            self._no_execute[page >> 3] &= ~(1 << (page & 7))
+        self._marked.clear()
 
     def fill(self, gpa: int, page: EptPage) -> None:
         """Map the page of ``gpa``: large if the EPT's is; the whole copy is forgotten if it is full."""
@@ -55,8 +63,13 @@ class NestedTables:
         if page.rights & WRITE and page.dirty:
             leaf |= _W | _D
         if not page.rights & EXECUTE:
-            leaf |= _NX
+            self._mark(page.address & -size, size)
         _U64.pack_into(self._memory, table + (gpa >> (21 if large else 12) - 3 & _INDEX), leaf)
+
+    def _mark(self, hpa: int, size: int) -> None:
+        for page in range(hpa // PAGE, (hpa + size) // PAGE):
+            self._no_execute[page >> 3] |= 1 << (page & 7)
+            self._marked.append(page)
 
     def _down(self, at: int) -> int:
         """The table that an entry leads to; a new one if there is none, or a large page."""

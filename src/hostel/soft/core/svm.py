@@ -50,7 +50,7 @@ from .npt import NestedTables
 from .svm_decode import Fetcher
 from .svm_env import Environment, translation_key
 from .svm_exits import GP, HANDLERS, UD, Exit
-from .svm_host import REQUEST_EVENT, REQUEST_WINDOW, Processor
+from .svm_host import REQUEST_EVENT, REQUEST_WINDOW, Processor, address_of
 from .svm_registers import GeneralProtection, syscall, sysenter
 from .vmcb import Vmcb
 
@@ -82,7 +82,7 @@ class SvmCore:
         self.statistics = CoreStatistics()
         self._own = mmap.mmap(-1, _OWN_PAGES * PAGE)
         memory = memoryview(self._own)
-        self._processor.map(Span(_OWN_HPA, len(self._own), _address(self._own)))
+        self._processor.map(Span(_OWN_HPA, len(self._own), address_of(self._own)))
         for span in physical.spans:
             self._processor.map(span)
         physical.on_span.append(self._processor.map)
@@ -92,7 +92,9 @@ class SvmCore:
         first = 1 + _MSRPM_PAGES
         memory[PAGE : first * PAGE] = b"\xff" * (_MSRPM_PAGES * PAGE)
         self._vmcb = Vmcb(memory[:PAGE], _OWN_HPA, self._processor.env, _OWN_HPA + PAGE)
-        self._nested = NestedTables(memory[first * PAGE :], _OWN_HPA + first * PAGE)
+        self._nested = NestedTables(
+            memory[first * PAGE :], _OWN_HPA + first * PAGE, self._processor.no_execute
+        )
         self._fetcher = Fetcher(self._processor.cpu, self._walk_code)
         self._key: tuple[object, ...] = ()
         self._state = CpuState()
@@ -107,6 +109,7 @@ class SvmCore:
         self._state, self._controls = state, controls
         self._block.budget = self._start = controls.timer if controls.pin & _TIMER else _FOREVER
         before = self._block.events
+        self._processor.grow_tlb()
         try:
             return self._until_exit(event)
         finally:
@@ -429,9 +432,3 @@ def _ept_exit(fault: EptFault) -> VmExit:
     return VmExit(
         Reason(fault.reason), fault.qualification, linear=fault.linear, physical=fault.physical
     )
-
-
-def _address(memory: mmap.mmap) -> int:
-    import ctypes
-
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -107,10 +107,40 @@ def translation_key(state: CpuState) -> tuple[int, int, int, int]:
     )
 
 
+def _segments(state: CpuState) -> tuple[int, ...]:
+    """The eight segments, GDTR and IDTR, as QEMU keeps them."""
+    values: list[int] = []
+    for segment in (
+        *(state.es, state.cs, state.ss, state.ds),
+        *(state.fs, state.gs, state.ldtr, state.tr),
+    ):
+        rights = segment.rights
+        flags = 0 if rights & _UNUSABLE else (rights & 0xF0FF) << 8
+        values += segment.selector, segment.base, segment.limit, flags
+    values[11] |= (state.ss.rights & 0x60) << 8  # CPL, also where SS is unusable
+    values[31] &= ~(_BUSY << 8)  # unicorn aborts where it finds a busy TSS (get_rsp_from_tss)
+    gdtr, idtr = state.gdtr, state.idtr
+    values += 0, gdtr.base, gdtr.limit, 0, 0, idtr.base, idtr.limit, 0
+    return tuple(values)
+
+
+def _set_segments(state: CpuState, values: tuple[int, ...]) -> None:
+    for number, name in enumerate(_SEGMENTS):
+        segment: Segment = getattr(state, name)
+        segment.selector, segment.base, segment.limit, flags = values[4 * number : 4 * number + 4]
+        rights = flags >> 8 & 0xF0FF
+        segment.rights = rights if rights & 0x80 else rights | _UNUSABLE
+    state.tr.rights |= _BUSY
+    gdtr: Table = state.gdtr
+    idtr: Table = state.idtr
+    _, gdtr.base, gdtr.limit, _, _, idtr.base, idtr.limit, _ = values[32:40]
+
+
 class Environment:
     """A view of the live state."""
 
     def __init__(self, processor: Processor) -> None:
+        self._segments: tuple[int, ...] = ()
         size = _DR + 64
         self._view = memoryview((ctypes.c_ubyte * size).from_address(processor.env)).cast("B")
         self._view[_FPU : _FPU + _FPU_SIZE] = bytes(_FPU_SIZE)
@@ -122,15 +152,7 @@ class Environment:
     def load(self, state: CpuState, nested: bool) -> None:
         """VM entry's half."""
         view = self._view
-        segments: list[int] = []
-        for name in _SEGMENTS:
-            segment: Segment = getattr(state, name)
-            rights = 0 if segment.rights & _UNUSABLE else segment.rights
-            if name == "ss":
-                rights |= segment.rights & 0x60
-            elif name == "tr":  # unicorn aborts where it finds a busy TSS (get_rsp_from_tss)
-                rights &= ~_BUSY
-            segments += segment.selector, segment.base, segment.limit, (rights & 0xF0FF) << 8
+        self._segments = segments = _segments(state)
         hidden2 = _HF2_GIF | nested * _HF2_NPT
         if state.interruptibility & BLOCKED_BY_NMI:
             hidden2 |= _HF2_NMI
@@ -148,14 +170,6 @@ class Environment:
             hidden_flags(state),
             hidden2,
             *segments,
-            0,
-            state.gdtr.base,
-            state.gdtr.limit,
-            0,
-            0,
-            state.idtr.base,
-            state.idtr.limit,
-            0,
             state.cr0,
             0,
             state.cr2,
@@ -193,18 +207,9 @@ class Environment:
         state.rflags = values[17]
         blocked = BLOCKED_BY_STI if values[23] & _HF_INHIBIT else 0
         state.interruptibility = blocked | (BLOCKED_BY_NMI if values[24] & _HF2_NMI else 0)
-        at = 25
-        for name in _SEGMENTS:
-            segment: Segment = getattr(state, name)
-            segment.selector, segment.base, segment.limit, flags = values[at : at + 4]
-            rights = flags >> 8 & 0xF0FF
-            segment.rights = rights if rights & 0x80 else rights | _UNUSABLE
-            at += 4
-        state.tr.rights |= _BUSY
-        gdtr: Table = state.gdtr
-        _, gdtr.base, gdtr.limit, _ = values[at : at + 4]
-        _, state.idtr.base, state.idtr.limit, _ = values[at + 4 : at + 8]
-        at += 8
+        if values[25:65] != self._segments:
+            _set_segments(state, values[25:65])
+        at = 65
         state.cr0, _, state.cr2, state.cr3, state.cr4 = values[at : at + 5]
         state.efer = _U64.unpack_from(view, _EFER)[0]
         kernel_gs = _MSR_GROUP.unpack_from(view, _MSRS)[8]

@@ -42,12 +42,15 @@ _CPU_NEXT_FLAGS, _CPU_REQUEST, _CPU_ENV, _CPU_FILL, _CPU_EXEC_INTERRUPT = (
     0xA758,
     0xA7A0,
 )
+_CPU_TLB, _FEW_FILLS, _MOST_ENTRIES = 0x8A10, 2048, 1 << 14
 _ENV_UC, _ENV_FEATURES = 0x1B58, 0x1600
 _WITHOUT = ((1, 1 << 30 | 3 << 26), (2, 1 << 18))
 """Features that are taken away: RDRAND and RDSEED are not deterministic; XSAVE would run unasked."""
 REQUEST_EVENT, REQUEST_WINDOW = 2, 0x100
 """``interrupt_request``: CPU_INTERRUPT_HARD, which our stub takes for itself, and CPU_INTERRUPT_VIRQ."""
 COUNT_MASK = 0x7FFF
+_PAGES = 1 << 40 - 12
+"""Of all host-physical memory: a bit each, in memory that is there only where it is used."""
 
 
 class Block(ctypes.Structure):
@@ -91,6 +94,9 @@ class Block(ctypes.Structure):
         ("tlb_fill", ctypes.c_uint64),
         ("exec_interrupt", ctypes.c_uint64),
         ("index", ctypes.c_uint32),
+        ("code_pages", ctypes.c_uint64),
+        ("no_execute", ctypes.c_uint64),
+        ("flush", ctypes.c_uint64),
     )
 
 
@@ -105,9 +111,12 @@ class Processor:
         self._call("uc_ctl", self._handle, _CTL_USE_EXITS, 1)
         self._page = mmap.mmap(-1, 8192, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
         self._page[: len(CODE)] = CODE
-        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
+        self._base = address_of(self._page)
+        self._code_pages = mmap.mmap(-1, _PAGES // 8)
+        self.no_execute = mmap.mmap(-1, _PAGES // 8)
+        """A bit for each page of host-physical memory that the guest may not execute."""
         self.block = Block.from_address(self._base + 4096)
-        self._mapped: list[int] = []
+        self._fills = 0
         self._started = self._lib.uc_emu_start
         self._started.argtypes = (
             ctypes.c_void_p,
@@ -137,6 +146,8 @@ class Processor:
         block.hardirq = _address(lib, "do_interrupt_x86_hardirq")
         block.vmexit = _address(lib, "cpu_vmexit")
         block.emu_stop = ctypes.cast(lib.uc_emu_stop, ctypes.c_void_p).value or 0
+        block.code_pages, block.no_execute = map(address_of, (self._code_pages, self.no_execute))
+        block.flush = _address(lib, "tlb_flush")
         block.tlb_fill, block.exec_interrupt = fill.value, execute.value
         fill.value, execute.value = self._base + ENTRY["fill"], self._base + ENTRY["inject"]
         self.request = ctypes.c_uint32.from_address(self.cpu + _CPU_REQUEST)
@@ -190,8 +201,17 @@ class Processor:
         """The next block to run is cut to this many."""
         self._next_flags.value = min(instructions, COUNT_MASK)
 
+    def grow_tlb(self) -> None:
+        """QEMU makes its TLB larger only as it flushes it. So many misses since: it is too small."""
+        if self.block.fills - self._fills < _FEW_FILLS:
+            return
+        entries = (_u64(self.cpu + _CPU_TLB + 16 * self.block.index).value >> 6) + 1
+        if self.block.fills - self._fills > 8 * entries and entries < _MOST_ENTRIES:
+            self.flush()
+
     def flush(self, address: int | None = None) -> None:
         if address is None:
+            self._fills = self.block.fills
             self._flush(self.cpu)
         else:
             self._flush_page(self.cpu, address)
@@ -240,6 +260,10 @@ def _address(lib: ctypes.CDLL, name: str) -> int:
         return ctypes.cast(getattr(lib, f"{name}_x86_64"), ctypes.c_void_p).value or 0
     except AttributeError:
         return 0
+
+
+def address_of(memory: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 def _u64(address: int) -> ctypes.c_uint64:

@@ -34,6 +34,9 @@ SOURCE = """\
 .set TLB_FILL,128
 .set EXEC_INTERRUPT,136
 .set INDEX,144
+.set CODE_PAGES,152
+.set NO_EXECUTE,160
+.set FLUSH,168
 .set shared, start+0x1000
 start:
 # UC_HOOK_INTR(uc, index, _): what has not run of the block is given back, then exception or exit
@@ -131,17 +134,78 @@ sysenter:
  xor ecx,ecx
  jmp [rax+VMEXIT]
 .p2align 4
-# tlb_fill(cpu, address, size, access, …): which linear address it was, #VMEXIT(NPF) does not say
+# tlb_fill(cpu, address, size, access, index, probe, from): the walk is QEMU's. Which linear address it was,
+# #VMEXIT(NPF) does not say. A page is executable in the TLB only once code was fetched from it, for QEMU
+# suspects each write to an executable page of changing code; then all is flushed, so that no other entry
+# writes there unseen.
 fill:
- lea rax,[rip+shared]
- mov [rax+ADDRESS],rsi
- mov [rax+ACCESS],ecx
- mov [rax+INDEX],r8d
- inc qword ptr [rax+FILLS]
+ push rbx
+ push rbp
+ push r12
+ push r13
+ push r14
+ lea rbx,[rip+shared]
+ mov [rbx+ADDRESS],rsi
+ mov [rbx+ACCESS],ecx
+ mov [rbx+INDEX],r8d
+ inc qword ptr [rbx+FILLS]
+ mov rbp,rsi
+ mov r12d,ecx
+ mov r13d,r8d
+ mov r14d,r9d
  cmp ecx,2
  jne 1f
- mov qword ptr [rax+TB],0
-1: jmp [rax+TLB_FILL]
+ mov qword ptr [rbx+TB],0
+1: mov rdi,[rbx+CPU]
+ mov rsi,rbp
+ xor edx,edx
+ mov ecx,r12d
+ mov r8d,r13d
+ mov r9d,r14d
+ sub rsp,8
+ push qword ptr [rsp+56]
+ call [rbx+TLB_FILL]
+ add rsp,16
+ test al,al
+ jz 4f
+ mov rdx,r13
+ shl rdx,4
+ add rdx,[rbx+CPU]
+ mov rax,rbp
+ shr rax,12
+ shl rax,6
+ and rax,[rdx+0x8a10]
+ add rax,[rdx+0x8a18]
+ mov rcx,[rax+24]
+ shr rcx,12
+ mov r8,[rbx+CODE_PAGES]
+ cmp r12d,2
+ je 2f
+ bt [r8],rcx
+ jc 3f
+ mov qword ptr [rax+16],-1
+ jmp 3f
+2: mov r9,[rbx+NO_EXECUTE]
+ bt [r9],rcx
+ jc 5f
+ bts [r8],rcx
+ jc 3f
+ mov rdi,[rbx+CPU]
+ call [rbx+FLUSH]
+ jmp 1b
+3: mov eax,1
+4: pop r14
+ pop r13
+ pop r12
+ pop rbp
+ pop rbx
+ ret
+5: mov qword ptr [rax+16],-1
+ mov rdi,[rbx+ENV]
+ mov esi,0x400
+ mov edx,0x15
+ mov rcx,[rsp+48]
+ call [rbx+VMEXIT]
 .p2align 4
 # cpu_exec_interrupt(cpu, request): deliver an event before the first instruction
 inject:
@@ -181,7 +245,7 @@ ENTRY = {
     "syscall": 304,
     "sysenter": 320,
     "fill": 352,
-    "inject": 400,
+    "inject": 608,
 }
 
 CODE = bytes.fromhex(
@@ -192,8 +256,12 @@ CODE = bytes.fromhex(
     "b140ffffff74134983e94041ffca75e5c7401402000000ff60784d8d8940ffffff410fb7491648294818780b83783800"
     "75054c894830c34801481848c7403000000000c7401401000000ff60780f1f00488d05e90e000089704889504cbe7b00"
     "0000eb2866662e0f1f84000000000090488d05c90e0000bef0040000eb0e6690488d05b90e0000bef1040000488b7850"
-    "31d231c9ff6070660f1f840000000000488d05990e0000488970088948104489809000000048ff402083f902750848c7"
-    "403000000000ffa0800000000f1f400053488d1d680e000048c74330000000008b433c85c07446c7433c000000008367"
-    "1cfd48ff432883f8017511488b7b508b7340ba01000000ff5368eb0c8b4b40898fa0810000ff5360488b4350c7800c15"
-    "000000000000b8010000005bc34889d85bffa088000000"
+    "31d231c9ff6070660f1f8400000000005355415441554156488d1d910e000048897308894b104489839000000048ff43"
+    "204889f54189cc4589c54589ce83f902750848c7433000000000488b7b584889ee31d24489e14589e84589f14883ec08"
+    "ff742438ff93800000004883c41084c074704c89ea48c1e204480353584889e848c1e80c48c1e006482382108a000048"
+    "0382188a0000488b481848c1e90c4c8b83980000004183fc027410490fa308722c48c74010ffffffffeb224c8b8ba000"
+    "0000490fa3097223490fab08720f488b7b58ff93a8000000e96dffffffb801000000415e415d415c5d5bc348c74010ff"
+    "ffffff488b7b50be00040000ba15000000488b4c2430ff53700f1f800000000053488d1d980d000048c7433000000000"
+    "8b433c85c07446c7433c0000000083671cfd48ff432883f8017511488b7b508b7340ba01000000ff5368eb0c8b4b4089"
+    "8fa0810000ff5360488b4350c7800c15000000000000b8010000005bc34889d85bffa088000000"
 )
