@@ -20,7 +20,7 @@ from hostel.soft.state import (
     RSP,
     Segment,
 )
-from soft.core.svm_rig import CODE, HANDLERS, STACK, SvmGuest
+from soft.core.svm_rig import CODE, GDT, HANDLERS, STACK, TSS, SvmGuest
 
 pytest.importorskip("unicorn", reason="the extra 'soft' is not installed")
 
@@ -279,6 +279,28 @@ def test_a_loop_is_left_when_the_host_interrupts() -> None:
         threading.Timer(0.05, guest.core.interrupt).start()
         assert guest.run().reason is Reason.EXTERNAL_INTERRUPT
         assert guest.core.statistics.instructions > 1000
+
+
+def test_ltr_of_nothing_is_a_fault() -> None:
+    source = "mov $0x30, %eax; ltr %ax; str %ebx; ltr 0x9000; hlt"
+    with SvmGuest(source) as guest:
+        guest.gate(13, "hlt")
+        guest.state.gdtr.limit = 0x3F
+        guest.memory.write_u64(GDT + 0x30, TSS << 16 | 0x89 << 40 | 0x67)
+        assert guest.run().reason is Reason.HLT
+        assert guest.state.gpr[RBX] == 0x30
+        assert guest.memory.read_u64(guest.state.gpr[RSP] + 8) == CODE + 0xB
+        assert guest.memory.read_u64(GDT + 0x30) >> 40 & 0xFF == 0x8B
+
+
+def test_without_a_task_register_a_stack_switch_fails() -> None:
+    with SvmGuest("int $0x30") as guest:
+        state = guest.state
+        state.cs = Segment(0x23, 0, 0xFFFFFFFF, RIGHTS_CODE64 | 0x60)
+        state.ss = Segment(0x1B, 0, 0xFFFFFFFF, RIGHTS_DATA32 | 0x60)
+        state.tr.rights = 0x10000
+        guest.gate(0x30, "hlt", dpl=3)
+        assert guest.run().reason is Reason.TRIPLE_FAULT
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ _WINDOW, _NMI_WINDOW, _HLT = (
     int(Primary.NMI_WINDOW),
     int(Primary.HLT),
 )
-_EPT = int(Secondary.EPT)
+_EPT, _DESCRIPTOR_TABLE = int(Secondary.EPT), int(Secondary.DESCRIPTOR_TABLE)
 _WITHOUT_INSTRUCTION = {
     vmcb.SHUTDOWN: Reason.TRIPLE_FAULT,
     vmcb.VINTR: Reason.INTERRUPT_WINDOW,
@@ -264,19 +264,29 @@ class SvmCore:
         self, code: int, vectoring: Event | None
     ) -> tuple[VmExit | None, Event | None]:
         if code == vmcb.IRET:
-            return self._iret()
+            return self._step(code)
         if code in _WITHOUT_INSTRUCTION:
             return VmExit(_WITHOUT_INSTRUCTION[code]), None
         exit = self._exit(code, vectoring)
-        if code in (vmcb.SYSCALL, vmcb.SYSENTER):
-            return None, self._fast_call(exit)
         try:
-            result = self._hlt(exit) if code == vmcb.HLT else HANDLERS[code](exit, self._physical)
+            return self._instruction(exit, vectoring)
         except PageFault as fault:
             self._state.cr2 = fault.address
-            exit.fault(14, fault.code)
+            return self._on_top(vectoring, Event(14, EventType.HARDWARE_EXCEPTION, fault.code))
         except EptFault as fault:
             return _ept_exit(fault), None
+
+    def _instruction(
+        self, exit: Exit, vectoring: Event | None
+    ) -> tuple[VmExit | None, Event | None]:
+        if exit.code in (vmcb.SYSCALL, vmcb.SYSENTER):
+            return None, self._fast_call(exit)
+        if exit.code == vmcb.TR_WRITE:
+            return self._load_task(exit)
+        if exit.code == vmcb.HLT:
+            result = self._hlt(exit)
+        else:
+            result = HANDLERS[exit.code](exit, self._physical)
         if exit.inject is not None:
             return self._on_top(vectoring, exit.inject)
         if result is None:
@@ -307,16 +317,24 @@ class SvmCore:
         self._state.activity = HALTED
         return None
 
-    def _iret(self) -> tuple[VmExit | None, Event | None]:
-        """NMI-window exiting: IRET alone is run, and opens the window."""
+    def _step(self, code: int) -> tuple[VmExit | None, Event | None]:
+        """This one instruction, as if it were not intercepted. (IRET opens the NMI window so.)"""
         block = self._block
-        self._vmcb.let_iret()
+        self._vmcb.let(code)
         rest, block.budget = block.budget, 1
         self._processor.limit(1)
         self._processor.run(self._state.rip)
         self._environment.save(self._state)
         block.budget += rest - 1
         return self._after() if block.exit else (None, None)
+
+    def _load_task(self, exit: Exit) -> tuple[VmExit | None, Event | None]:
+        """LTR. A null selector is #GP(0); QEMU takes it, and aborts at the next switch of stacks."""
+        if self._controls.secondary & _DESCRIPTOR_TABLE:
+            return HANDLERS[exit.code](exit, self._physical), None
+        if exit.operand() & 0xFFFC:
+            return self._step(exit.code)
+        return self._on_top(None, Event(GP, EventType.HARDWARE_EXCEPTION, 0))
 
     def _fast_call(self, exit: Exit) -> Event | None:
         state = self._state

@@ -37,6 +37,7 @@ from hostel.soft.state import (
     MSR_TSC_AUX,
     RFLAGS_ONE,
     RFLAGS_VM,
+    RIGHTS_TSS32,
     CpuState,
     Segment,
     Table,
@@ -118,7 +119,11 @@ def _segments(state: CpuState) -> tuple[int, ...]:
         flags = 0 if rights & _UNUSABLE else (rights & 0xF0FF) << 8
         values += segment.selector, segment.base, segment.limit, flags
     values[11] |= (state.ss.rights & 0x60) << 8  # CPL, also where SS is unusable
-    values[31] &= ~(_BUSY << 8)  # unicorn aborts where it finds a busy TSS (get_rsp_from_tss)
+    values[31] &= ~(
+        _BUSY << 8
+    )  # unicorn aborts where it finds a busy TSS, or none (get_rsp_from_tss)
+    if not values[31]:
+        values[30:32] = 0, RIGHTS_TSS32 - _BUSY << 8
     gdtr, idtr = state.gdtr, state.idtr
     values += 0, gdtr.base, gdtr.limit, 0, 0, idtr.base, idtr.limit, 0
     return tuple(values)

@@ -86,6 +86,14 @@ class Exit(msgspec.Struct):
         self.inject = Event(vector, EventType.HARDWARE_EXCEPTION, error)
         return None
 
+    def operand(self) -> int:
+        """The 16 bits of LMSW's, or LTR's; may raise ``PageFault``."""
+        instruction = self.instruction
+        if instruction.op0_kind == OpKind.MEMORY:
+            data = self.read(decode.linear_address(instruction, self.state), 2)
+            return int.from_bytes(data, "little")
+        return self.state.gpr[decode.number(instruction.op0_register)] & 0xFFFF
+
     def skip(self) -> VmExit | None:
         """No VM exit: the instruction is done."""
         self.state.rip = _wrapped(self.state, self.state.rip + self.instruction.len)
@@ -249,12 +257,9 @@ def _go_on(exit: Exit, register: int, value: int) -> VmExit | None:
 def _lmsw(exit: Exit) -> VmExit | None:
     """SDM vol. 3C §25.1.3: of MP, EM and TS each change counts, of PE only the setting."""
     state, controls, instruction = exit.state, exit.controls, exit.instruction
-    linear, in_memory = 0, instruction.op0_kind == OpKind.MEMORY
-    if in_memory:
-        linear = decode.linear_address(instruction, state)
-        source = int.from_bytes(exit.read(linear, 2), "little")
-    else:
-        source = state.gpr[decode.number(instruction.op0_register)] & 0xFFFF
+    in_memory = instruction.op0_kind == OpKind.MEMORY
+    linear = decode.linear_address(instruction, state) if in_memory else 0
+    source = exit.operand()
     changes = (source ^ controls.cr0_shadow) & 0xE | source & ~controls.cr0_shadow & 1
     if changes & controls.cr0_mask:
         return exit.exit(Reason.CR_ACCESS, 3 << 4 | in_memory << 6 | source << 16, linear=linear)

@@ -13,7 +13,6 @@ from hostel.soft.state import (
     CR0_NW,
     CR0_PE,
     CR0_PG,
-    CR4_LA57,
     CR4_PAE,
     EFER_LMA,
     EFER_LME,
@@ -50,7 +49,8 @@ from hostel.soft.state import (
 
 _U32 = 0xFFFF_FFFF
 _CR0_DEFINED = 0xE005_003F
-_CR4_DEFINED = 0x37_F7FF & ~CR4_LA57
+_CR4_DEFINED = 0x35_27FF
+"""Without UMIP, LA57, SMXE, PCIDE, PKE and what came later."""
 _EFER_DEFINED = EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE
 _PLAIN_MSRS = frozenset(
     (

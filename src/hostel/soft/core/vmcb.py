@@ -47,7 +47,7 @@ NPF, SYSCALL, SYSENTER = 0x400, 0x4F0, 0x4F1
 _BP, _OF, _UD, _NP, _GP, _PF = 3, 4, 6, 11, 13, 14
 _CHECKED_EXCEPTIONS = 1 << _UD | 1 << _NP | 1 << _GP
 """#UD: it may be an instruction of VMX. #NP, #GP: QEMU's error code for a bad gate is wrong in long mode."""
-_ALWAYS = (RDTSC, CPUID, INVD, HLT, IOIO, MSR, SHUTDOWN, ICEBP, MONITOR, MWAIT, RDPMC)
+_ALWAYS = (RDTSC, CPUID, INVD, HLT, IOIO, MSR, SHUTDOWN, ICEBP, MONITOR, MWAIT, RDPMC, TR_WRITE)
 _BY_PRIMARY = (
     (Primary.INVLPG, INVLPG),
     (Primary.PAUSE, PAUSE),
@@ -160,9 +160,9 @@ class Vmcb:
         _PAIR.pack_into(self._page, _EVENT, 0, 0)
         return (info if info & VALID else 0), error
 
-    def let_iret(self) -> None:
-        """Do not intercept IRET until the next ``write``."""
+    def let(self, code: int) -> None:
+        """Do not intercept this until the next ``write``."""
         at = _ENV_INTERCEPT - _ENV_CONTROL_AT
         self._key = ()
         intercept = _U64.unpack_from(self._live, at)[0]
-        _U64.pack_into(self._live, at, intercept & ~(1 << IRET - 0x60))
+        _U64.pack_into(self._live, at, intercept & ~(1 << code - 0x60))
