@@ -20,8 +20,7 @@ import mmap
 import threading
 
 from hostel.errors import MemoryFault
-from hostel.soft.paging.nested import FINAL, LINEAR_VALID, EptMemory, EptWalker
-from hostel.soft.paging.walk import Asked, asked, walk
+from hostel.soft.paging.walk import asked
 from hostel.soft.physical import PAGE, PhysicalMemory, Span
 from hostel.soft.silicon import (
     Access,
@@ -49,8 +48,10 @@ from . import vmcb
 from .npt import NestedTables
 from .svm_decode import Fetcher
 from .svm_env import Environment, translation_key
-from .svm_exits import GP, HANDLERS, UD, Exit
+from .svm_exit import GP, UD, Exit
+from .svm_exits import HANDLERS
 from .svm_host import REQUEST_EVENT, REQUEST_WINDOW, Processor, address_of
+from .svm_memory import GuestView
 from .svm_registers import GeneralProtection, syscall, sysenter
 from .vmcb import Vmcb
 
@@ -283,10 +284,8 @@ class SvmCore:
             return None, self._fast_call(exit)
         if exit.code == vmcb.TR_WRITE:
             return self._load_task(exit)
-        if exit.code == vmcb.HLT:
-            result = self._hlt(exit)
-        else:
-            result = HANDLERS[exit.code](exit, self._physical)
+        halts = exit.code == vmcb.HLT
+        result = self._hlt(exit) if halts else HANDLERS[exit.code](exit, self._physical)
         if exit.inject is not None:
             return self._on_top(vectoring, exit.inject)
         if result is None:
@@ -392,56 +391,29 @@ class SvmCore:
 
     def _nested_fault(self, vectoring: Event | None) -> tuple[VmExit | None, Event | None]:
         """An entry is missing in our copy: the EPT has it, or this is an EPT violation."""
-        state, controls, info = self._state, self._controls, self._vmcb.exit_info_1
-        gpa, linear = self._vmcb.exit_info_2, self._block.address
-        access = Access.WRITE if info & 2 else Access.FETCH if info & 16 else Access.READ
-        walker = EptWalker(self._physical, controls.ept_pointer, linear)
+        block, gpa = self._block, self._vmcb.exit_info_2
+        ask = asked(self._state, Access(block.access), block.index == 1)
+        view = GuestView(self._physical, self._state, self._controls, block.address)
         try:
-            final = FINAL if self._check(walker, linear) == gpa else 0
-            page = walker.translate(gpa, access, LINEAR_VALID | final)
-            self._physical.view(page.address & -PAGE, PAGE)
+            page = view.nested_page(gpa, ask, writes=bool(self._vmcb.exit_info_1 & 2))
         except PageFault as fault:
-            state.cr2 = fault.address
+            self._state.cr2 = fault.address
             return self._on_top(vectoring, Event(14, EventType.HARDWARE_EXCEPTION, fault.code))
         except EptFault as fault:
             return _ept_exit(fault), None
         except MemoryFault:
-            return VmExit(Reason.EPT_MISCONFIGURATION, linear=linear, physical=gpa), None
+            reason = Reason.EPT_MISCONFIGURATION
+            return VmExit(reason, linear=block.address, physical=gpa), None
         self._nested.fill(gpa, page)
         return None, None
 
-    def _check(self, walker: EptWalker, linear: int) -> int:
-        """Walk as VMX would: its faults come first, in its order, with its qualification."""
-        state = self._state
-        access = Access(self._block.access)
-        ask = asked(state, access, self._block.index == 1)
-        page = walk(EptMemory(walker), state, linear, ask)
-        walker.translate(page.address, access, LINEAR_VALID | FINAL)
-        return page.address
-
     def _read(self, linear: int, size: int) -> bytes:
-        """As a supervisor, across pages."""
-        data = b""
-        while len(data) < size:
-            at = linear + len(data)
-            data += self._walk(at, min(size - len(data), PAGE - (at & PAGE - 1)), Access.READ)
-        return data
+        return GuestView(self._physical, self._state, self._controls, linear).read(size)
 
-    def _walk(self, linear: int, size: int, access: Access) -> bytes:
-        state, controls = self._state, self._controls
-        ask = Asked(access, False, True)
-        if controls.secondary & _EPT:
-            walker = EptWalker(self._physical, controls.ept_pointer, linear)
-            page = walk(EptMemory(walker), state, linear, ask)
-            hpa = walker.translate(page.address, access, LINEAR_VALID | FINAL).address
-        else:
-            hpa = walk(self._physical, state, linear, ask).address
-        return self._physical.read(hpa, size)
-
-    def _walk_code(self, state: CpuState, linear: int, size: int) -> bytes:
+    def _walk_code(self, _: CpuState, linear: int, size: int) -> bytes:
         """Code whose page the core's TLB has dropped; nothing, if it is not there."""
         try:
-            return self._walk(linear, size, Access.READ)
+            return self._read(linear, size)
         except (PageFault, EptFault, MemoryFault):
             return b""
 

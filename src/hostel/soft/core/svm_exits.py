@@ -7,18 +7,16 @@ returns None: the core goes on. ``Outcome.inject`` holds an exception that the g
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import msgspec
-from iced_x86 import Code, Instruction, Mnemonic, OpKind, Register, RegisterExt
+from iced_x86 import Code, Mnemonic, OpKind, Register, RegisterExt
 
 from hostel.soft.physical import PhysicalMemory
 from hostel.soft.silicon import Controls, Event, EventType, Primary, Reason, Secondary, VmExit
-from hostel.soft.state import CR0_PE, CR4_OSXSAVE, RAX, RCX, RDI, RDX, RSI, CpuState
+from hostel.soft.state import CR0_PE, CR4_OSXSAVE, RAX, RCX, RDX
 
 from . import svm_decode as decode
 from . import vmcb
-from .svm_io import io_exits, port_permitted
+from .svm_exit import DB, GP, SS, UD, Exit, Handler
+from .svm_io import io
 from .svm_registers import (
     GeneralProtection,
     canonical,
@@ -28,7 +26,6 @@ from .svm_registers import (
 )
 
 _U32 = 0xFFFF_FFFF
-SS, GP, UD, DB = 12, 13, 6, 1
 _VMX = {
     Mnemonic.VMCALL: Reason.VMCALL,
     Mnemonic.VMCLEAR: Reason.VMCLEAR,
@@ -53,70 +50,6 @@ _TABLE_INFO = {  # instruction identity, bits 29:28 (SDM vol. 3C tables 27-10, 2
     Mnemonic.LLDT: (Reason.LDTR_TR, 2),
     Mnemonic.LTR: (Reason.LDTR_TR, 3),
 }
-
-
-class Exit(msgspec.Struct):
-    """What a handler looks at."""
-
-    code: int
-    info1: int
-    info2: int
-    port: int
-    size: int
-    linear: int
-    """The address of the last access that missed the TLB; 0 if there was none."""
-    state: CpuState
-    controls: Controls
-    instruction: Instruction
-    time: int
-    """Guest instructions so far."""
-    read: Callable[[int, int], bytes]
-    """Guest memory by linear address, as a supervisor; may raise ``PageFault``."""
-    vectoring: Event | None = None
-    inject: Event | None = None
-
-    @property
-    def tsc(self) -> int:
-        controls = self.controls
-        offset = controls.tsc_offset if controls.primary & Primary.TSC_OFFSETTING else 0
-        return self.time + offset & (1 << 64) - 1
-
-    def fault(self, vector: int, error: int | None = None) -> VmExit | None:
-        """No VM exit: the guest gets this exception."""
-        self.inject = Event(vector, EventType.HARDWARE_EXCEPTION, error)
-        return None
-
-    def operand(self) -> int:
-        """The 16 bits of LMSW's, or LTR's; may raise ``PageFault``."""
-        instruction = self.instruction
-        if instruction.op0_kind == OpKind.MEMORY:
-            data = self.read(decode.linear_address(instruction, self.state), 2)
-            return int.from_bytes(data, "little")
-        return self.state.gpr[decode.number(instruction.op0_register)] & 0xFFFF
-
-    def skip(self) -> VmExit | None:
-        """No VM exit: the instruction is done."""
-        self.state.rip = _wrapped(self.state, self.state.rip + self.instruction.len)
-        self.state.interruptibility &= ~3
-        return None
-
-    def exit(
-        self, reason: Reason, qualification: int = 0, *, linear: int = 0, instruction_info: int = 0
-    ) -> VmExit:
-        return VmExit(
-            reason,
-            qualification,
-            self.instruction.len,
-            linear,
-            instruction_info=instruction_info,
-        )
-
-
-def _wrapped(state: CpuState, rip: int) -> int:
-    return rip & ((1 << 64) - 1 if state.bits == 64 else _U32)
-
-
-Handler = Callable[[Exit, PhysicalMemory], VmExit | None]
 
 
 def plain(reason: Reason) -> Handler:
@@ -176,47 +109,6 @@ def _msr(exit: Exit, physical: PhysicalMemory) -> VmExit | None:
     except GeneralProtection:
         return exit.fault(GP, 0)
     return exit.skip()
-
-
-def _io(exit: Exit, physical: PhysicalMemory) -> VmExit | None:
-    """SDM vol. 3C table 27-5. The guest's own permission comes first (§25.1.1)."""
-    instruction, state = exit.instruction, exit.state
-    if not port_permitted(state, exit.port, exit.size, exit.read):
-        return exit.fault(GP, 0)
-    mnemonic = instruction.mnemonic
-    writes = mnemonic in (Mnemonic.OUT, Mnemonic.OUTSB, Mnemonic.OUTSW, Mnemonic.OUTSD)
-    string = mnemonic not in (Mnemonic.IN, Mnemonic.OUT)
-    rep = string and (instruction.has_rep_prefix or instruction.has_repne_prefix)
-    immediate = OpKind.IMMEDIATE8 in (instruction.op0_kind, instruction.op1_kind)
-    qualification = exit.size - 1 | (not writes) << 3 | string << 4 | rep << 5
-    qualification |= immediate << 6 | exit.port << 16
-    if not io_exits(exit.controls, physical, exit.port, exit.size) and not string:
-        if not writes:  # no port of this processor has a device: it reads as ones
-            keep = 0 if exit.size == 4 else ~((1 << 8 * exit.size) - 1)
-            ones = (1 << 8 * exit.size) - 1
-            state.gpr[RAX] = state.gpr[RAX] & keep & (1 << 64) - 1 | ones
-        return exit.skip()
-    linear = info = 0
-    if string:
-        linear, info = _string_operand(instruction, state, writes)
-    return exit.exit(Reason.IO, qualification, linear=linear, instruction_info=info)
-
-
-def _string_operand(instruction: Instruction, state: CpuState, writes: bool) -> tuple[int, int]:
-    """The linear address, and the instruction information (SDM vol. 3C table 27-9)."""
-    kind = instruction.op1_kind if writes else instruction.op0_kind
-    sizes = {
-        OpKind.MEMORY_SEG_SI: 0,
-        OpKind.MEMORY_ESDI: 0,
-        OpKind.MEMORY_SEG_ESI: 1,
-        OpKind.MEMORY_ESEDI: 1,
-    }
-    size = sizes.get(kind, 2)
-    offset = state.gpr[RSI if writes else RDI] & (0xFFFF, _U32, (1 << 64) - 1)[size]
-    if not writes:
-        return offset + (0 if state.bits == 64 else state.es.base), size << 7
-    base = decode.segment_base(instruction, state)
-    return offset + base, size << 7 | decode.segment_number(instruction) << 15
 
 
 def _write_cr(exit: Exit, _: PhysicalMemory) -> VmExit | None:
@@ -412,7 +304,7 @@ HANDLERS: dict[int, Handler] = {
     vmcb.MONITOR: _or_nothing(Primary.MONITOR, Reason.MONITOR),
     vmcb.MWAIT: _or_nothing(Primary.MWAIT, Reason.MWAIT),
     vmcb.MSR: _msr,
-    vmcb.IOIO: _io,
+    vmcb.IOIO: io,
     vmcb.SWINT: _software_interrupt,
     vmcb.ICEBP: _icebp,
     **{vmcb.READ_CR + n: _read_cr for n in (0, 3, 4, 8)},

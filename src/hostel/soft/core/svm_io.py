@@ -1,12 +1,60 @@
-"""May this code use this port, and does it exit? Unicorn asks neither, so the core does."""
+"""IN, OUT and their strings: may this code use this port, and does it exit? Unicorn asks neither."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from iced_x86 import Instruction, Mnemonic, OpKind
+
 from hostel.soft.physical import PhysicalMemory
-from hostel.soft.silicon import Controls, PageFault, Primary
-from hostel.soft.state import CR0_PE, RFLAGS_IOPL, RFLAGS_VM, CpuState
+from hostel.soft.silicon import Controls, PageFault, Primary, Reason, VmExit
+from hostel.soft.state import CR0_PE, RAX, RDI, RFLAGS_IOPL, RFLAGS_VM, RSI, CpuState
+
+from . import svm_decode as decode
+from .svm_exit import GP, Exit
+
+_U32 = 0xFFFF_FFFF
+
+
+def io(exit: Exit, physical: PhysicalMemory) -> VmExit | None:
+    """SDM vol. 3C table 27-5. The guest's own permission comes first (§25.1.1)."""
+    instruction, state = exit.instruction, exit.state
+    if not port_permitted(state, exit.port, exit.size, exit.read):
+        return exit.fault(GP, 0)
+    mnemonic = instruction.mnemonic
+    writes = mnemonic in (Mnemonic.OUT, Mnemonic.OUTSB, Mnemonic.OUTSW, Mnemonic.OUTSD)
+    string = mnemonic not in (Mnemonic.IN, Mnemonic.OUT)
+    rep = string and (instruction.has_rep_prefix or instruction.has_repne_prefix)
+    immediate = OpKind.IMMEDIATE8 in (instruction.op0_kind, instruction.op1_kind)
+    qualification = exit.size - 1 | (not writes) << 3 | string << 4 | rep << 5
+    qualification |= immediate << 6 | exit.port << 16
+    if not io_exits(exit.controls, physical, exit.port, exit.size) and not string:
+        if not writes:  # no port of this processor has a device: it reads as ones
+            keep = 0 if exit.size == 4 else ~((1 << 8 * exit.size) - 1)
+            ones = (1 << 8 * exit.size) - 1
+            state.gpr[RAX] = state.gpr[RAX] & keep & (1 << 64) - 1 | ones
+        return exit.skip()
+    linear = info = 0
+    if string:
+        linear, info = _string_operand(instruction, state, writes)
+    return exit.exit(Reason.IO, qualification, linear=linear, instruction_info=info)
+
+
+def _string_operand(instruction: Instruction, state: CpuState, writes: bool) -> tuple[int, int]:
+    """The linear address, and the instruction information (SDM vol. 3C table 27-9)."""
+    kind = instruction.op1_kind if writes else instruction.op0_kind
+    sizes = {
+        OpKind.MEMORY_SEG_SI: 0,
+        OpKind.MEMORY_ESDI: 0,
+        OpKind.MEMORY_SEG_ESI: 1,
+        OpKind.MEMORY_ESEDI: 1,
+    }
+    size = sizes.get(kind, 2)
+    offset = state.gpr[RSI if writes else RDI] & (0xFFFF, _U32, (1 << 64) - 1)[size]
+    if not writes:
+        return offset + (0 if state.bits == 64 else state.es.base), size << 7
+    base = decode.segment_base(instruction, state)
+    return offset + base, size << 7 | decode.segment_number(instruction) << 15
 
 
 def port_permitted(

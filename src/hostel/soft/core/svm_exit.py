@@ -1,0 +1,81 @@
+"""One #VMEXIT as its handler sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+from iced_x86 import Instruction, OpKind
+
+from hostel.soft.physical import PhysicalMemory
+from hostel.soft.silicon import Controls, Event, EventType, Primary, Reason, VmExit
+from hostel.soft.state import CpuState
+
+from . import svm_decode as decode
+
+SS, GP, UD, DB = 12, 13, 6, 1
+_U32 = 0xFFFF_FFFF
+
+
+class Exit(msgspec.Struct):
+    """What a handler looks at."""
+
+    code: int
+    info1: int
+    info2: int
+    port: int
+    size: int
+    linear: int
+    """The address of the last access that missed the TLB; 0 if there was none."""
+    state: CpuState
+    controls: Controls
+    instruction: Instruction
+    time: int
+    """Guest instructions so far."""
+    read: Callable[[int, int], bytes]
+    """Guest memory by linear address, as a supervisor; may raise ``PageFault``."""
+    vectoring: Event | None = None
+    inject: Event | None = None
+
+    @property
+    def tsc(self) -> int:
+        controls = self.controls
+        offset = controls.tsc_offset if controls.primary & Primary.TSC_OFFSETTING else 0
+        return self.time + offset & (1 << 64) - 1
+
+    def fault(self, vector: int, error: int | None = None) -> VmExit | None:
+        """No VM exit: the guest gets this exception."""
+        self.inject = Event(vector, EventType.HARDWARE_EXCEPTION, error)
+        return None
+
+    def operand(self) -> int:
+        """The 16 bits of LMSW's, or LTR's; may raise ``PageFault``."""
+        instruction = self.instruction
+        if instruction.op0_kind == OpKind.MEMORY:
+            data = self.read(decode.linear_address(instruction, self.state), 2)
+            return int.from_bytes(data, "little")
+        return self.state.gpr[decode.number(instruction.op0_register)] & 0xFFFF
+
+    def skip(self) -> VmExit | None:
+        """No VM exit: the instruction is done."""
+        self.state.rip = _wrapped(self.state, self.state.rip + self.instruction.len)
+        self.state.interruptibility &= ~3
+        return None
+
+    def exit(
+        self, reason: Reason, qualification: int = 0, *, linear: int = 0, instruction_info: int = 0
+    ) -> VmExit:
+        return VmExit(
+            reason,
+            qualification,
+            self.instruction.len,
+            linear,
+            instruction_info=instruction_info,
+        )
+
+
+def _wrapped(state: CpuState, rip: int) -> int:
+    return rip & ((1 << 64) - 1 if state.bits == 64 else _U32)
+
+
+Handler = Callable[[Exit, PhysicalMemory], VmExit | None]
