@@ -7,10 +7,12 @@ fetched from drops the blocks translated from there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 
 from hostel.soft.physical import PAGE, PhysicalMemory
 from hostel.soft.silicon import Access, Translation
+
+from .coherence import Coherence
 
 Translate = Callable[[int, Access, bool], Translation]
 
@@ -20,13 +22,11 @@ class LinearMemory:
         self,
         physical: PhysicalMemory,
         translate: Translate,
-        drop_blocks: Callable[[int, int], None],
-        code_frames: Container[int],
+        coherence: Coherence,
     ) -> None:
         self._physical = physical
         self._translate = translate
-        self._drop_blocks = drop_blocks
-        self._code_frames = code_frames
+        self._coherence = coherence
         self._known: dict[tuple[int, Access, bool], int] = {}
 
     def flush(self) -> None:
@@ -65,6 +65,6 @@ class LinearMemory:
         """All pages are asked for before the first byte is written: a fault leaves nothing half done."""
         for hpa, count in list(self._parts(address, len(data), Access.WRITE, user)):
             self._physical.write(hpa, data[:count])
-            if hpa & ~(PAGE - 1) in self._code_frames:
-                self._drop_blocks(hpa, count)
+            if hpa & ~(PAGE - 1) in self._coherence:
+                self._coherence.wrote(hpa, count)
             data = data[count:]

@@ -76,9 +76,7 @@ class TranslatingCore:
         self.translations = Translations(self)
         self.view = SplitView(physical, scanner, self.statistics)
         self.engine = Engine(self.translations.fill, self.view.meet)
-        self.memory = LinearMemory(
-            physical, self.translations.ask, self.engine.drop_blocks, self.view.fetched
-        )
+        self.memory = LinearMemory(physical, self.translations.ask, self.translations.coherence)
         self.scanner = scanner
         self.delivery = Delivery(self)
         self._handlers = Handlers()
@@ -128,11 +126,6 @@ class TranslatingCore:
         else:
             self.view.frames.pop(address // PAGE, None)
 
-    def drop_code(self, frame: int) -> None:
-        """It is to be written where nobody watches: nothing translated from it may run on."""
-        self.wrote(frame, PAGE)
-        self.view.fetched.discard(frame)
-
     def flush_all(self, *, keep_global: bool) -> None:
         """The guest's own flush, by a MOV to a control register that did not exit."""
         self.mmu.flush(self.controls, keep_global=keep_global)
@@ -147,6 +140,7 @@ class TranslatingCore:
     def close(self) -> None:
         if self.engine.map in self.physical.on_span:
             self.physical.on_span.remove(self.engine.map)
+        self.translations.coherence.leave()
         self.engine.close()
 
     @property
@@ -338,8 +332,8 @@ class TranslatingCore:
         return self.engine.cpuid(leaf, subleaf)
 
     def wrote(self, hpa: int, size: int) -> None:
-        """Somebody else changed memory: blocks translated from it are dropped."""
-        self.engine.drop_blocks(hpa, size)
+        """Somebody else changed memory: blocks translated from it are dropped, in all cores on it."""
+        self.translations.coherence.wrote(hpa, size)
 
     def step_emulated(
         self,

@@ -8,6 +8,7 @@ from hostel.soft.physical import PAGE
 from hostel.soft.silicon import Access, EptFault, PageFault, Translation
 from hostel.soft.state import CR4_SMAP, RFLAGS_AC
 
+from .coherence import Coherence
 from .env import EFLAGS, HF_CS64
 
 if TYPE_CHECKING:
@@ -30,8 +31,9 @@ class Translations:
         """What stopped the engine, with the address of a page only."""
         self.at_limit = False
         """The engine wanted to fetch what it has no instructions left to execute."""
-        self._unwatched: dict[int, set[int]] = {}
-        """Frames, and the pages through which they are written unseen."""
+        self._writable: dict[int, set[int]] = {}
+        """Frames, and the pages through which the engine may write them."""
+        self.coherence = Coherence(core.physical, self)
         self.implicit = False
         """The instruction being executed reads descriptor tables, as a supervisor."""
 
@@ -71,29 +73,48 @@ class Translations:
         other. So a frame that code was fetched from is mapped so wherever it may be; and where it may not,
         the first store drops that code.
         """
-        view, frame = self._core.view, found.frame
+        fetched, frame = self._core.view.fetched, found.frame
         rights = (_READ if found.readable else 0) | (_WRITE if found.writable else 0)
         if access is Access.FETCH:
-            self._becomes_code(page, frame)
-        if frame in view.fetched:
+            if frame not in fetched:
+                self.coherence.fetching(frame)
+            self._core.view.fetch(page, frame)
+        if frame in fetched:
             if found.executable:
-                view.fetch(page, frame)  # the engine will not ask again to fetch from here
-                return rights | _EXECUTE
-            if access is Access.WRITE:
-                self._core.drop_code(frame)
+                self._core.view.fetch(page, frame)  # the engine will not ask again to fetch here
+                rights |= _EXECUTE
+            elif access is Access.WRITE:
+                self.lose_code(frame)
             else:
                 rights &= ~_WRITE
         if rights & _WRITE:
-            self._unwatched.setdefault(frame, set()).add(page)
+            self.coherence.writing(frame)
+            self._writable.setdefault(frame, set()).add(page)
         return rights
 
-    def _becomes_code(self, page: int, frame: int) -> None:
-        self._core.view.fetch(page, frame)
-        for other in self._unwatched.pop(frame, ()):
-            self._core.engine.flush(other)
-
     def flush(self) -> None:
-        self._unwatched.clear()
+        self._writable.clear()
+
+    # --- A party of ``Coherence`` ---
+
+    @property
+    def code_frames(self) -> set[int]:
+        return self._core.view.fetched
+
+    def drop_blocks(self, hpa: int, size: int) -> None:
+        self._core.engine.drop_blocks(hpa, size)
+
+    def lose_code(self, frame: int) -> None:
+        view = self._core.view
+        self.drop_blocks(frame, PAGE)
+        view.fetched.discard(frame)
+        for page in [page for page, held in view.frames.items() if held == frame]:
+            self._core.engine.flush(page * PAGE)
+            del view.frames[page]
+
+    def lose_writable(self, frame: int) -> None:
+        for page in self._writable.pop(frame, ()):
+            self._core.engine.flush(page)
 
     def _is_user(self, page: int) -> bool:
         env, state = self._core.engine.env, self._core.state
