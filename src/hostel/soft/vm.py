@@ -118,6 +118,7 @@ class Vm:
         except BaseException:
             self.host.close()
             raise
+        self.machine.has_chips = False  # until ``create_chipset``
         self.pcpu = self.host.pcpus[0]
         self.vcpus: list[Vcpu] = []
         self._turn = Turn()

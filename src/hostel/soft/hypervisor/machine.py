@@ -31,7 +31,7 @@ class SoftMachine:
         """Nanoseconds since it was made."""
         self.attention = False
         """Set to make a running vCPU come out soon; whoever set it clears it."""
-        self.has_chips = False
+        self.has_chips = True
         """Whether PICs, IOAPIC, PIT and the LAPICs' pages are there; LAPICs without them do nothing."""
         self.guest_map = GuestMap(host.physical)
         self.paging = self._virtualizer(paging)
@@ -67,13 +67,12 @@ class SoftMachine:
 
     # --- Time ---
 
-    def tick(self, time: int) -> int:
-        """A pCPU's time has come to this: fire what is due."""
+    def tick(self, time: int) -> None:
+        """A pCPU's time has come to this: fire what is due. Of several pCPUs the one ahead counts."""
         self.now = max(self.now, time)
         deadline = self.irqchip.deadline
         if deadline is not None and deadline <= self.now:
             self.irqchip.fire(self.now)
-        return self.now
 
     def limit(self, now: int, end: int) -> int:
         """For how many instructions a vCPU may run: to the end of its slice, or to the next timer."""
