@@ -2,194 +2,240 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
-from hostel.memory import GuestMemory
+from hostel.hypervisor import Exit, MmioExit
+from hostel.memory import GuestMemory, Region
 from hostel.soft import dma
 from hostel.soft.dma import CopyEngine, DirectPort, Port, TranslatedPort
 from hostel.soft.iommu import Iommu, Tables
-from hostel.soft.physical import PhysicalMemory
+from hostel.soft.physical import PAGE, RAM_BASE
 
 from . import Drawing, Report, Step, none_of
 from . import Table as Figures
 from .draw import Node, tree
+from .stage import Actor, Stage
 
 QUESTION = (
-    "A device that moves memory by itself is told addresses by its driver. Who checks them? One copy "
-    "engine is driven by an evil guest in four ways; each time it tries its own memory, a neighbour's, "
-    "and a page table of the hypervisor."
+    "A device that moves memory by itself is told addresses by its driver. Who checks them? The driver of a "
+    "copy engine is an evil guest, four times; each time it tries its own memory, a neighbour's, and a page "
+    "table of the hypervisor."
 )
-SOURCE = 0x0010
+DEVICE = 0x3000_0000
+"""Where the guest finds the registers."""
+SOURCE_ID = 0x0010
 """Bus 0, device 2, function 0."""
-SECRET = b"the neighbour's secret"
-OWN = b"the guest's own bytes "
-_SIZE = 1 << 21
-_OWN_AT, _TO, _SECRET_AT = 0x1000, 0x2000, 0x3000
-_REACHED, _NOT = "reached", "stopped"
+OWN_AT, TO, SECRET_AT = 0x4000, 0x5000, 0x6000
+LENGTH = 32
+SECRET, OWN = b"the neighbour's secret".ljust(LENGTH), b"the guest's own bytes".ljust(LENGTH)
+THEIR_BASE, MY_BASE = RAM_BASE, RAM_BASE + (1 << 30)
+"""Where the machines' memory is on the bus, in the order in which they are made."""
+TARGETS = ("own memory", "neighbour's memory", "hypervisor's table")
+_REACHED, _STOPPED = "reached", "stopped"
+_ROOT = 0x200_0000
+"""Of the tables that the guest makes for an IOMMU of its own."""
 
 
 class Scene:
-    """Two machines' memory and the hypervisor's frames on one bus."""
+    """A neighbour with a secret, and the hypervisor's tables for it; then the evil guest."""
 
-    def __init__(self, bus: PhysicalMemory, mine: GuestMemory, theirs: GuestMemory) -> None:
-        self.bus, self.mine = bus, mine
-        self.my_base = bus.attach(mine)[0].hpa
-        self.their_base = bus.attach(theirs)[0].hpa
-        # above all guest addresses, so that each address below means one thing
-        self.frame = next(frame for frame in iter(bus.allocate, 0) if frame >= _SIZE)
-        mine.write(_OWN_AT, OWN)
-        theirs.write(_SECRET_AT, SECRET)
-        bus.write(self.frame, SECRET)
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.bus = stage.host.physical
         self.steps: list[Step] = []
+        self.neighbour = stage.actor("hello")
+        self.neighbour.play()
+        self.neighbour.memory.write(SECRET_AT, SECRET)
+        self.table = self.neighbour.vcpus[0].paging.setup.ept_pointer & -PAGE
 
     def say(self, who: str, what: str) -> None:
         self.steps.append(Step(who, what))
 
-    def copy(self, port: Port, source: int, destination: int) -> bool:
-        """Drive the device as the guest does; whether it says that it is done."""
-        engine = CopyEngine(port)
-        for register, value in (
-            (dma.SOURCE, source),
-            (dma.DESTINATION, destination),
-            (dma.LENGTH, len(SECRET)),
-            (dma.COMMAND, dma.COPY),
+    def evil(self, source: int, destination: int) -> Actor:
+        actor = self.stage.actor("dma", source=source, destination=destination, length=LENGTH)
+        actor.memory.write(OWN_AT, OWN)
+        return actor
+
+
+class Way:
+    """How the device is given to the guest. ``base``: what the guest has to add to its own addresses."""
+
+    name = ""
+    base = 0
+
+    def tell(self, scene: Scene) -> None:
+        """What the hypervisor does, in words."""
+
+    def port(self, scene: Scene, memory: GuestMemory) -> Port:
+        raise NotImplementedError
+
+    def play(self, scene: Scene, actor: Actor) -> None:
+        """Emulated: each access of a register is an exit, and the engine is asked there."""
+        engine = CopyEngine(self.port(scene, actor.memory))
+
+        def answer(exit: Exit) -> bool:
+            if not isinstance(exit, MmioExit) or not 0 <= exit.address - DEVICE < dma.SIZE:
+                return False
+            offset = exit.address - DEVICE
+            if exit.is_write:
+                engine.write(offset, bytes(exit.data))
+            else:
+                exit.data[:] = engine.read(offset, len(exit.data))
+            return True
+
+        actor.answers.append(answer)
+        actor.play()
+
+
+class Emulated(Way):
+    name = "emulated"
+
+    def tell(self, scene: Scene) -> None:
+        scene.say(
+            "monitor", "emulates it: each register is an exit; the monitor copies, and checks each"
+        )
+        scene.say("monitor", "guest address against the machine's memory")
+
+    def port(self, scene: Scene, memory: GuestMemory) -> Port:
+        return DirectPort(memory)
+
+
+class EmulatedBehindOwn(Way):
+    name = "emulated, guest's own IOMMU"
+
+    def tell(self, scene: Scene) -> None:
+        scene.say(
+            "guest", "has an IOMMU of its own: one page to read, one to write, in tables of its own"
+        )
+
+    def port(self, scene: Scene, memory: GuestMemory) -> Port:
+        iommu = Iommu(memory)
+        iommu.root_table = root = _ROOT
+        for at, value in (
+            (root, root + 0x1001),
+            (root + 0x1000 + SOURCE_ID * 16, root + 0x2001),
+            (root + 0x1000 + SOURCE_ID * 16 + 8, 1 << 8 | 1),
+            (root + 0x2000, root + 0x3003),
+            (root + 0x3000, root + 0x4003),
+            (root + 0x4000 + (OWN_AT >> 12) * 8, OWN_AT | 1),
+            (root + 0x4000 + (TO >> 12) * 8, TO | 3),
         ):
-            engine.write(register, value.to_bytes(8, "little"))
-        return int.from_bytes(engine.read(dma.STATUS, 8), "little") == dma.DONE
-
-    def attempt(self, port: Port, base: int) -> tuple[str, str, str]:
-        """Own memory, the neighbour's, a frame of the hypervisor: what was reached. ``base``: what the
-        guest must add to its own addresses for this device to find them."""
-        results = []
-        for wanted, address in (
-            (OWN, base + _OWN_AT),
-            (SECRET, self.their_base + _SECRET_AT),
-            (SECRET, self.frame),
-        ):
-            self.mine.write(_TO, bytes(len(SECRET)))
-            self.copy(port, address, base + _TO)
-            reached = self.mine.read(_TO, len(SECRET)) == wanted
-            results.append(_REACHED if reached else _NOT)
-            self.say("device", f"reads {address:#x} for the guest: {results[-1]}")
-        return results[0], results[1], results[2]
+            memory.write_u64(at, value)
+        return TranslatedPort(iommu, memory, SOURCE_ID)
 
 
-@contextmanager
-def _scene() -> Iterator[Scene]:
-    with (
-        PhysicalMemory(frames=600) as bus,
-        GuestMemory(_SIZE) as mine,
-        GuestMemory(_SIZE) as theirs,
-    ):
-        yield Scene(bus, mine, theirs)
+class PassedThrough(Way):
+    name = "passed through, no IOMMU"
+    base = MY_BASE
+
+    def tell(self, scene: Scene) -> None:
+        scene.say("monitor", "maps the registers into the guest and steps aside: no exit, no check")
+        scene.say("guest", f"must know where its memory really is: at {self.base:#x} on this bus")
+
+    def port(self, scene: Scene, memory: GuestMemory) -> Port:
+        return DirectPort(scene.bus)
+
+    def play(self, scene: Scene, actor: Actor) -> None:
+        """The registers are a page that the guest has mapped; the device looks at it in its own time."""
+        with GuestMemory(PAGE) as registers:
+            page = registers.regions[0]
+            actor.machine.map(9, Region(DEVICE, PAGE, page.hva, 0))
+            engine = CopyEngine(self.port(scene, actor.memory), registers.view(0, PAGE))
+            pcpu = scene.stage.host.pcpus[0]
+            while not actor.ended:
+                actor.step(actor.vcpus[0], pcpu, 1000)
+                engine.poll()
+            actor.machine.unmap(9)
 
 
-def _emulated(scene: Scene) -> tuple[Port, int]:
-    scene.say(
-        "monitor", "emulates it: a store to the command register exits; the monitor copies, and"
-    )
-    scene.say("monitor", "checks each guest address against the machine's memory")
-    return DirectPort(scene.mine), 0
+class BehindTheHosts(PassedThrough):
+    name = "passed through, host's IOMMU"
+    base = 0
+
+    def tell(self, scene: Scene) -> None:
+        scene.say(
+            "monitor", "maps the registers into the guest, and gives the device a domain in which"
+        )
+        scene.say("monitor", f"address 0 is {MY_BASE:#x}, and nothing else is")
+
+    def port(self, scene: Scene, memory: GuestMemory) -> Port:
+        iommu = assigned(scene, memory.size)
+        iommu.on_entry = lambda name, at, value: scene.say(
+            "IOMMU", f"reads {name} entry at {at:#x}: {value:#x}"
+        )
+        return TranslatedPort(iommu, scene.bus, SOURCE_ID)
 
 
-def _emulated_behind_own(scene: Scene) -> tuple[Port, int]:
-    scene.say("guest", "programs an IOMMU of its own machine: one page to read, one to write")
-    iommu, memory = Iommu(scene.mine), scene.mine
-    iommu.root_table = root = 0x10_0000
-    for at, value in (
-        (root, root + 0x1001),
-        (root + 0x1000 + SOURCE * 16, root + 0x2001),
-        (root + 0x1000 + SOURCE * 16 + 8, 1 << 8 | 1),
-        (root + 0x2000, root + 0x3003),
-        (root + 0x3000, root + 0x4003),
-        (root + 0x4000 + (_OWN_AT >> 12) * 8, _OWN_AT | 1),
-        (root + 0x4000 + (_TO >> 12) * 8, _TO | 3),
-    ):
-        memory.write_u64(at, value)
-    return TranslatedPort(iommu, memory, SOURCE), 0
-
-
-def _passed_through(scene: Scene) -> tuple[Port, int]:
-    scene.say("monitor", "maps the registers into the guest and steps aside: no exit, no check")
-    scene.say("guest", f"must know where its memory really is: {scene.my_base:#x} on this bus")
-    return DirectPort(scene.bus), scene.my_base
-
-
-def _assigned(scene: Scene) -> Iommu:
+def assigned(scene: Scene, size: int) -> Iommu:
     """The host's, with the device in a domain that holds the guest's memory and nothing else."""
     tables, iommu = Tables(scene.bus), Iommu(scene.bus)
     table = tables.domain()
-    tables.assign(SOURCE, 1, table)
-    tables.map(table, 0, scene.my_base, _SIZE)
+    tables.assign(SOURCE_ID, 1, table)
+    tables.map(table, 0, MY_BASE, size)
     iommu.root_table = tables.root
     return iommu
 
 
-def _behind_the_hosts(scene: Scene) -> tuple[Port, int]:
-    iommu = _assigned(scene)
-    iommu.on_entry = lambda name, at, value: scene.say(
-        "IOMMU", f"reads {name} entry at {at:#x}: {value:#x}"
-    )
-    scene.say("monitor", f"gives the device domain 1: address 0 is {scene.my_base:#x}, and no more")
-    return TranslatedPort(iommu, scene.bus, SOURCE), 0
+WAYS: tuple[Callable[[], Way], ...] = (Emulated, EmulatedBehindOwn, PassedThrough, BehindTheHosts)
 
 
-WAYS: dict[str, Callable[[Scene], tuple[Port, int]]] = {
-    "emulated": _emulated,
-    "emulated, guest's own IOMMU": _emulated_behind_own,
-    "passed through, no IOMMU": _passed_through,
-    "passed through, host's IOMMU": _behind_the_hosts,
-}
+def attempt(way: Way, target: str) -> tuple[bool, list[Step]]:
+    """Whether the evil guest got there."""
+    with Stage() as stage:
+        scene = Scene(stage)
+        source, wanted = {
+            "own memory": (way.base + OWN_AT, OWN),
+            "neighbour's memory": (THEIR_BASE + SECRET_AT, SECRET),
+            "hypervisor's table": (scene.table, scene.bus.read(scene.table, LENGTH)),
+        }[target]
+        actor = scene.evil(source, way.base + TO)
+        assert actor.machine.guest_map.slots[0].hpa == MY_BASE
+        way.play(scene, actor)
+        reached = actor.memory.read(TO, LENGTH) == wanted
+        status = actor.words.strip().partition("=")[2]
+        scene.say(
+            "guest",
+            f"has the device copy from {source:#x}, {target}: status {status}, "
+            f"{_REACHED if reached else _STOPPED}",
+        )
+        return reached, scene.steps
 
 
-def _tables_drawn(scene: Scene) -> tuple[str, ...]:
-    root = Node(
-        "root table, by bus",
-        (
-            Node(
-                "[0] context table, by device and function",
-                (
-                    Node(
-                        "[00:02.0] domain 1, 4 levels",
-                        (Node(f"0x0 … {_SIZE - 1:#x}  →  {scene.my_base:#x}  RW, 2 MiB page"),),
-                    ),
-                    Node("every other device: not present, a fault"),
-                ),
-            ),
-        ),
-    )
-    return tuple(tree(root))
+def _tables_drawn(size: int) -> tuple[str, ...]:
+    pages = f"0x0 … {size - 1:#x}  →  {MY_BASE:#x}  RW, {size >> 21} pages of 2 MiB"
+    device = Node("[00:02.0] domain 1, 4 levels", (Node(pages),))
+    others = Node("every other device: not present, a fault")
+    contexts = Node("[0] context table, by device and function", (device, others))
+    return tuple(tree(Node("root table, by bus", (contexts,))))
 
 
 def run(arguments: Sequence[str] = ()) -> Report:
     none_of("iommu", arguments)
     steps: list[Step] = []
-    rows = []
-    drawing: tuple[str, ...] = ()
-    for way, build in WAYS.items():
-        with _scene() as scene:
-            scene.say("—", way)
-            port, base = build(scene)
-            own, neighbour, frame = scene.attempt(port, base)
-            rows.append((way, own, neighbour, frame))
-            steps += scene.steps
-            drawing = _tables_drawn(scene)
-    first, again = _walk_costs()
-    safe = [row[0] for row in rows if row[2:] == (_NOT, _NOT)]
+    rows: list[tuple[str, ...]] = []
+    for make in WAYS:
+        way = make()
+        steps.append(Step("—", way.name))
+        row = [way.name]
+        for target in TARGETS:
+            reached, told = attempt(way, target)
+            row.append(_REACHED if reached else _STOPPED)
+            if target == TARGETS[0]:
+                with Stage() as stage:
+                    introduced = Scene(stage)
+                    way.tell(introduced)
+                steps += introduced.steps
+            steps += told
+        rows.append(tuple(row))
+    first, again = walk_costs()
+    safe = [row[0] for row in rows if row[2:] == (_STOPPED, _STOPPED)]
     unsafe = [row[0] for row in rows if row[0] not in safe]
     return Report(
         lab="iommu",
         question=QUESTION,
         steps=tuple(steps),
-        drawings=(Drawing("The host's tables in the last way", drawing),),
-        tables=(
-            Figures(
-                "What the guest's device reached",
-                ("way", "own memory", "neighbour's memory", "hypervisor's table"),
-                tuple(rows),
-            ),
-        ),
+        drawings=(Drawing("The host's tables in the last way", _tables_drawn(64 << 20)),),
+        tables=(Figures("What the guest's device reached", ("way", *TARGETS), tuple(rows)),),
         conclusions=(
             f"Stays inside: {'; '.join(safe)}.",
             f"Reaches everything: {'; '.join(unsafe)}. The device believes the guest, and the bus "
@@ -202,11 +248,11 @@ def run(arguments: Sequence[str] = ()) -> Report:
     )
 
 
-def _walk_costs() -> tuple[int, int]:
+def walk_costs() -> tuple[int, int]:
     """Table entries read for the first translation of a page, and for the second."""
-    with _scene() as scene:
-        iommu = _assigned(scene)
-        iommu.translate(SOURCE, _OWN_AT, is_write=False)
+    with Stage() as stage:
+        iommu = assigned(Scene(stage), 64 << 20)
+        iommu.translate(SOURCE_ID, OWN_AT, is_write=False)
         first = iommu.statistics.references
-        iommu.translate(SOURCE, _OWN_AT, is_write=False)
+        iommu.translate(SOURCE_ID, OWN_AT, is_write=False)
         return first, iommu.statistics.references - first

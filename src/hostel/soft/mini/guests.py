@@ -126,6 +126,12 @@ _ALL = (
     Guest("pae", "32-bit: PAE, 2 MiB pages, no-execute", mode="protected"),
     Guest("sector", "16-bit: segments, the interrupt table", mode="sector"),
     Guest("modes", "real, protected, real again, long mode", mode="sector"),
+    Guest(
+        "dma",
+        "a device that copies by itself, where there is one",
+        {"source": 0x1000, "destination": 0x2000, "length": 16},
+        {"source": 1 << 52, "destination": 1 << 52},
+    ),
     Guest("triple", "a fault without an IDT: shutdown", ends="shutdown"),
 )
 
