@@ -283,6 +283,9 @@ class Core(Protocol):
         """Forget translations: of one linear address, or all. A core has no tags: whoever switches address
         spaces flushes, and the tagged TLB behind the ``Mmu`` answers again."""
 
+    def wrote(self, hpa: int, size: int) -> None:
+        """Memory was written by somebody else: a hypervisor, a device. Code that was there is not run on."""
+
     def save_fpu(self) -> bytes: ...
     def load_fpu(self, data: bytes) -> None:
         """x87, SSE and AVX state, in the core's own format: VMX leaves it to the hypervisor."""

@@ -47,7 +47,7 @@ _TLB_VIRTUAL = 1
 _EPYC_ROME = 37
 _REG_FPCW, _REG_FPTAG, _REG_MXCSR = 246, 247, 249
 _ALL = 7
-_XSAVE, _OSXSAVE, _RDRAND, _RDSEED = 1 << 26, 1 << 27, 1 << 30, 1 << 18
+_RDRAND, _RDSEED = 1 << 30, 1 << 18
 EXCEPTION, ILLEGAL = 21, 10
 """What ``uc_emu_start`` returns: UC_ERR_EXCEPTION, UC_ERR_INSN_INVALID (which is #UD)."""
 HALT = 0x1_0001
@@ -122,9 +122,9 @@ class Engine:
 
     def _without_features(self) -> None:
         """Chance is not deterministic: no RDRAND, no RDSEED."""
-        features = self.env.u32
-        features[FEATURES // 4 + 1] &= ~_RDRAND
-        features[FEATURES // 4 + 2] &= ~_RDSEED
+        words = self.env.u64  # by leaf: 1 EDX, 1 ECX, 7 EBX …
+        words[FEATURES // 8 + 1] &= ~_RDRAND
+        words[FEATURES // 8 + 2] &= ~_RDSEED
 
     def _reset_fpu(self) -> None:
         """As after a reset (SDM vol. 3A table 9-1); unicorn leaves MXCSR and the control word at 0."""

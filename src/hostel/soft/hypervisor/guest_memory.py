@@ -43,7 +43,10 @@ def poke(vcpu: SoftVcpu, gpa: int, data: bytes) -> bool:
     slot = machine.guest_map.find(gpa)
     if slot is None or slot.read_only:
         return False
-    machine.host.physical.write(gpa - slot.gpa + slot.hpa, data)
+    hpa = gpa - slot.gpa + slot.hpa
+    machine.host.physical.write(hpa, data)
+    for pcpu in machine.host.pcpus:
+        pcpu.core.wrote(hpa, len(data))
     vcpu.paging.wrote(gpa, len(data))
     return True
 
