@@ -172,7 +172,7 @@ def test_invlpg_drops_what_upper_levels_said(machine: Machine) -> None:
     machine.memory.write_u64(0x5000 + 8 * 9, 0xC067)
     machine.memory.write_u64(0x3000, 0x5007)
     assert cpu.access(0x8000).gpa == 0x8000
-    cpu.invlpg(0x9000)
+    cpu.invlpg(0x7000_0000)
     assert cpu.access(0x9000).gpa == 0xC000
     assert cpu.access(0x8000).gpa == 0xB000
 
