@@ -256,7 +256,7 @@ class Vm:
         paging, core = self.machine.paging.statistics, self.pcpu.core.statistics
         return {
             **{name: getattr(paging, name) for name in paging.__struct_fields__},
-            **{name: getattr(core, name) for name in core.__struct_fields__},
+            **{f"core_{name}": getattr(core, name) for name in core.__struct_fields__},
         }
 
     def close(self) -> None:

@@ -379,6 +379,19 @@ def test_bits_that_a_pae_pdpte_must_not_have() -> None:
         assert cpu.access(0).fault == 9
 
 
+def test_an_accessed_bit_that_makes_a_pdpte_malformed() -> None:
+    """The PDPT is the page table as well: the processor sets a bit in it that a PDPTE must not have."""
+    with Machine("shadow") as machine:
+        machine.memory.write_u64(0x1000, 0x2001)
+        machine.memory.write_u64(0x2000, 0x1007)
+        cpu = machine.cpu
+        cpu.load(Registers(ON, 0x1000, CR4_PAE, 0))
+        assert cpu.access(0).gpa == 0x2000
+        assert machine.memory.read_u64(0x1000) == 0x2021
+        cpu.load(Registers(ON, 0x1000, CR4_PAE, 0))
+        assert cpu.access(0).fault == 9
+
+
 def test_frames_are_bounded_and_old_shadows_go_first() -> None:
     with Machine("shadow", quota=12) as machine:
         for root in range(1, 30):
