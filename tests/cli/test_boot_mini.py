@@ -29,4 +29,4 @@ def test_a_mini_guest(hostel: Hostel, engine: tuple[str, ...], name: str) -> Non
 def test_engine_qemu_boots_no_sectors(hostel: Hostel) -> None:
     result = hostel("boot", "-q", "--engine", "qemu", "--kernel", str(mini.image("sector")))
     assert (result.returncode, result.stdout) == (125, b"")
-    assert result.stderr == b"hostel: engine qemu boots no boot sectors; use --engine kvm\n"
+    assert result.stderr == b"hostel: engine qemu boots no boot sectors; use --engine kvm or soft\n"

@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from typing import Any
 
 import msgspec
 
@@ -147,17 +148,30 @@ class _Run:
 
 
 def play(machine: Machine, name: str, **parameters: int) -> Outcome:
-    guest = msgspec.structs.replace(
-        mini.guest(name), parameters=mini.guest(name).parameters | parameters
-    )
+    with _played(machine, name, parameters) as (run, memory):
+        said, writes = run.said.decode("latin-1"), tuple(run.writes)
+        return Outcome(run.ends, said, mini.results(memory), writes)
+
+
+def statistics(machine: Machine, name: str) -> dict[str, Any]:
+    """Of its first vCPU, when it has ended."""
+    with _played(machine, name, {}) as (run, _):
+        return run.vcpus[0].open_stats().read()
+
+
+@contextmanager
+def _played(
+    machine: Machine, name: str, parameters: dict[str, int]
+) -> Iterator[tuple[_Run, GuestMemory]]:
+    guest = mini.guest(name)
+    guest = msgspec.structs.replace(guest, parameters=guest.parameters | parameters)
     with GuestMemory(guest.memory) as memory:
         entry = load_kernel(memory, mini.image(name, **parameters))
         with machine(guest, memory) as vcpus:
             entry.apply(vcpus[0])
             run = _Run(vcpus)
             run.until_end()
-        said, writes = run.said.decode("latin-1"), tuple(run.writes)
-        return Outcome(run.ends, said, mini.results(memory), writes)
+            yield run, memory
 
 
 def on_qemu(name: str, **parameters: int) -> str:

@@ -11,6 +11,8 @@ INTERPRETED = re.search(r"^flags.* (vmx|svm)\b", Path("/proc/cpuinfo").read_text
 """This host's KVM, if any, does without the processor's help."""
 
 NOT_ON_PVM = {
+    "double": "any fault while a fault is delivered is a double fault",
+    "windows": "an interrupt that waits is not taken between two instructions that are interpreted",
     "software": "its emulator of ring 0 knows INT n in real mode only",
     "syscall": "SYSCALL leaves ring 3 by its rip only: a page fault at LSTAR, as of ring 3; INT n is #UD",
     "huge": "no pages of 1 GiB: the bit is reserved",
@@ -25,6 +27,7 @@ NOT_ON_PVM = {
 EMULATED = "the testbed's processor is emulated by QEMU, which "
 NOT_IN_TESTBED = {
     "faults": EMULATED + "has #GP for #SS at an address that is not canonical",
+    "double": EMULATED + "leaves EXT out of error codes, and counts the IDT's gates twice",
     "msrs": EMULATED + "takes any address for LSTAR",
     "large": EMULATED + "leaves out P in the error code of a reserved bit",
     "huge": EMULATED + "leaves out P in the error code of a reserved bit",

@@ -283,7 +283,9 @@ class QemuEngine:
         plan = self.plan
         with image.open_kernel(plan.kernel) as kernel:
             if kernel.protocol == "sector":
-                raise SpecError("engine qemu boots no boot sectors", cure="use --engine kvm")
+                raise SpecError(
+                    "engine qemu boots no boot sectors", cure="use --engine kvm or soft"
+                )
             check_fits(kernel, cmdline=cmdline, initrd=plan.initrd, memory=plan.spec.memory)
         if plan.spec.hugepages:
             GuestMemory(plan.spec.memory, hugepages=True).close()

@@ -53,6 +53,7 @@ _ALL = (
     Guest(
         "faults", "exceptions through an IDT of its own: error codes, CR2, a stack of its own (IST)"
     ),
+    Guest("double", "faults while a fault is delivered"),
     Guest("software", "software interrupts in ring 0"),
     Guest("steps", "a trap after each instruction (TF)"),
     Guest("halt", "HLT with nothing to wake it", ends="halt"),
@@ -86,6 +87,13 @@ _ALL = (
     Guest("huge", "a page of 1 GiB beside small ones"),
     Guest("guards", "NX, WP, SMEP, SMAP", {"smep": 1, "smap": 1}, {"smep": 1, "smap": 1}),
     Guest("invlpg", "what must be seen after INVLPG, a CR3 load, a change of CR4.PGE"),
+    Guest(
+        "windows",
+        "when an interrupt that waits is taken; NMIs",
+        {"x2apic": 1},
+        {"x2apic": 1},
+        irqchip=True,
+    ),
     Guest(
         "ipi",
         "interrupts between processors, priorities",
