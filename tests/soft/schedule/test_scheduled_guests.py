@@ -1,0 +1,116 @@
+"""Machines with real code under the scheduler: they share pCPUs, move, wake one another, unaware of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from hostel.soft.hypervisor.host import Trap
+from hostel.soft.hypervisor.machine import Paging
+from hostel.soft.pcpu import PhysicalCpu
+from hostel.soft.schedule.runnable import Slice
+from soft.schedule.guests import Guests, guests
+
+LONG = 200_000_000
+"""Virtual time that no test comes near."""
+
+
+def said_as_expected(played: Guests) -> list[tuple[str, str, bool]]:
+    return [(guest.name, guest.ends, guest.said == guest.expected) for guest in played.guests]
+
+
+def play(played: Guests, *names: str) -> list[Slice]:
+    timeline: list[Slice] = []
+    played.scheduler.on_slice = timeline.append
+    for name in names:
+        played.start(name)
+    played.run(LONG)
+    assert said_as_expected(played) == [(guest.name, "exit", True) for guest in played.guests]
+    return timeline
+
+
+@pytest.mark.parametrize("paging", ["ept", "shadow"])
+@pytest.mark.parametrize(
+    "names", [("rings", "switch", "fpu"), ("ipi", "migrate", "timer")], ids=" ".join
+)
+def test_machines_share_two_pcpus(paging: Paging, names: tuple[str, ...]) -> None:
+    with guests(2, paging=paging) as played:
+        timeline = play(played, *names)
+        for pcpu in (0, 1):
+            machines = {slice.vcpu.split("/")[0] for slice in timeline if slice.pcpu == pcpu}
+            assert len(machines) > 1
+        assert any(slice.came_from is not None for slice in timeline)
+
+
+def test_all_on_one_pcpu() -> None:
+    with guests(1) as played:
+        timeline = play(played, "syscall", "fork", "ipi")
+        assert {slice.pcpu for slice in timeline} == {0}
+
+
+@pytest.mark.parametrize("paging", ["ept", "shadow"])
+@pytest.mark.parametrize("name", ["invlpg", "churn", "switch", "fork"])
+def test_a_guest_that_is_moved_after_each_slice_notices_nothing(name: str, paging: Paging) -> None:
+    """They change their page tables: what one pCPU was told to forget, the other still remembers."""
+    with guests(2, paging=paging, slice=1_000) as played:
+        played.scheduler.on_slice = move = Mover(played)
+        play_quietly(played, name)
+        assert move.moves > 50
+
+
+class Mover:
+    def __init__(self, played: Guests) -> None:
+        self.played = played
+        self.moves = 0
+
+    def __call__(self, done: Slice) -> None:
+        if done.vcpu in self.played.scheduler.entries:
+            self.moves += 1
+            self.played.scheduler.place(done.vcpu, [1 - done.pcpu])
+
+
+def play_quietly(played: Guests, name: str) -> None:
+    played.start(name)
+    played.run(LONG)
+    assert said_as_expected(played) == [(f"{name}0", "exit", True)]
+
+
+def test_without_invvpid_one_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same moves without the step that makes them safe: the guest reads what it has long unmapped."""
+    real = PhysicalCpu.invvpid
+
+    def forget(cpu: PhysicalCpu, kind: int, vpid: int = 0, address: int = 0) -> None:
+        if kind != 1:
+            real(cpu, kind, vpid, address)
+
+    monkeypatch.setattr(PhysicalCpu, "invvpid", forget)
+    with guests(2, slice=1_000) as played:
+        played.scheduler.on_slice = Mover(played)
+        played.start("fork")
+        played.run(LONG)
+        assert said_as_expected(played) != [("fork0", "exit", True)]
+
+
+@pytest.mark.parametrize("trap", ["translate", "intercept"])
+def test_either_core_moves_a_guest(trap: Trap) -> None:
+    with guests(2, trap=trap) as played:
+        timeline = play(played, "rings")
+        assert any(slice.came_from is not None for slice in timeline)
+
+
+def test_weights_of_machines() -> None:
+    with guests(1, slice=10_000) as played:
+        light, heavy = (played.start("compute", rounds=10_000_000) for _ in range(2))
+        played.scheduler.entries[heavy.vcpus[0].name].weight = 3 * 1024
+        played.run(8_000_000)
+        ran = [
+            played.scheduler.entries[guest.vcpus[0].name].statistics.ran for guest in (light, heavy)
+        ]
+        assert abs(ran[1] / sum(ran) - 0.75) < 0.01
+
+
+def test_the_same_run_twice() -> None:
+    lines = []
+    for _ in range(2):
+        with guests(2) as played:
+            lines.append(play(played, "ipi", "rings"))
+    assert lines[0] == lines[1]
