@@ -21,7 +21,7 @@ import ctypes
 import mmap
 from collections.abc import Callable
 
-from hostel.errors import HostError
+from hostel.errors import HostError, MachineStopped
 from hostel.soft.physical import Span
 
 from . import build
@@ -200,6 +200,8 @@ class Engine:
         A block that is longer than what is left does not begin, unless it is ``cut`` to that length.
         A block cut to one instruction is not scanned: that is how a sensitive one is run as it stands.
         """
+        if not self.handle:
+            raise MachineStopped("this core is closed")
         context, env = self.context, self.env
         context.budget, context.stopped, context.count = budget, 0, 0
         env.i32[OLD_EXCEPTION // 4] = -1
@@ -221,6 +223,8 @@ class Engine:
         return self._invalid.value
 
     def flush(self, address: int | None = None) -> None:
+        if not self.handle:
+            return
         if address is None:
             self._lib.tlb_flush_x86_64(self.cpu)
         else:
