@@ -145,6 +145,21 @@ def test_invlpg_drops_what_upper_levels_said(machine: Machine) -> None:
     assert cpu.access(0x8000).gpa == 0xB000
 
 
+def test_a_table_that_is_exchanged_and_put_back(machine: Machine) -> None:
+    """What was filled in between came from the other one."""
+    cpu = machine.cpu
+    machine.memory.write_u64(0x5000 + 8 * 9, 0xC067)
+    machine.memory.write_u64(0x5000 + 8 * 3, 0x3067)
+    cpu.access(0x8000)
+    cpu.access(0x3000, WRITE)
+    machine.memory.write_u64(0x3000, 0x5007)
+    assert cpu.access(0x9000).gpa == 0xC000
+    assert cpu.access(0x3000, WRITE).gpa == 0x3000
+    machine.memory.write_u64(0x3000, TABLE | 0x27)
+    cpu.load(LONG)
+    assert cpu.access(0x9000).gpa == 0x9000
+
+
 def test_a_table_that_maps_itself_makes_progress(machine: Machine) -> None:
     machine.memory.write_u64(0x1FF8, 0x1007)
     recursive = 0xFFFF_FFFF_FFFF_F000
