@@ -108,6 +108,8 @@ USAGE = [
     (["run", "-m", "lots", "true"], "not a size: 'lots'"),
     (["run", "-m", "1K", "true"], "memory must be at least 32M"),
     (["run", "--engine", "soft", "true"], "not for Linux"),
+    (["boot", "--engine", "soft"], "engine soft has no kernel of its own"),
+    (["boot", "--paging", "shadow"], "paging and trap are words of engine soft"),
     (["run", "-v", "nothing", "true"], "not a volume: 'nothing'"),
     (["run", "--tmpfs", "relative", "true"], "must be absolute"),
     (["run", "--timeout", "soon", "true"], "not a duration: 'soon'"),

@@ -5,15 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from guests.machine import PATIENCE, POWEROFF, RESET, SPIN, machine, say
+from guests.kernels import compile_kernel
+from guests.machine import PATIENCE, POWEROFF, RESET, SPIN, machine, planned, say
 from hostel.errors import SpecError
 from hostel.monitor import Monitor
-from hostel.plan import Ending
-from hostel.spec import MachineSpec, Soft
+from hostel.plan import Drive, Ending
+from hostel.soft import mini
+from hostel.spec import Disk, MachineSpec, Soft
 
 WAYS = [
     Soft(paging=paging, trap=trap)
@@ -112,3 +116,50 @@ WITH_UD_GATE = (
 def test_words_of_soft_are_for_engine_soft() -> None:
     with pytest.raises(SpecError, match="words of engine soft"):
         MachineSpec(engine="kvm", soft=Soft(paging="shadow"))
+
+
+# -- devices ----------------------------------------------------------------------------------
+
+
+def test_a_guest_drives_a_disk(way: Soft, tmp_path: Path) -> None:
+    """Its own virtio driver: MMIO is emulated, its notification is an eventfd, the answer an interrupt."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(b"sixteen letters.".ljust(4096, b"x"))
+    image = tmp_path / "kernel"
+    image.write_bytes(compile_kernel("virtio", bits=32))
+    drive = Drive(Disk(path=str(disk), format="raw", plane="python"))
+    with planned("", engine="soft", soft=way, transport="mmio", disks=(drive,)) as plan:
+        monitor = Monitor(msgspec.structs.replace(plan, kernel=image))
+        try:
+            monitor.start()
+            assert ending(monitor) == Ending("debug-exit", code=3)
+        finally:
+            monitor.stop()
+    assert monitor.console.history().decode().splitlines() == [
+        *("masks=0", "found=1", "features ok=1", "sectors=8"),
+        *("status=0", "sixteen letters.", "status=0", "interrupts=1"),
+    ]
+    assert disk.read_bytes()[512 : 512 + 16] == b"SIXTEEN LETTERS."
+
+
+def test_config_space_is_memory_that_cannot_be_written(way: Soft) -> None:
+    """Reading it is no exit; a write to it (read-only memory) is, and moves a BAR."""
+    source = (
+        "movl 0xe0008000, %eax; cmp $0x1af4, %ax; jne bad"
+        "; movl $0xffffffff, 0xe0008010; movl 0xe0008010, %eax; cmp $0xffffffff, %eax; je bad"
+        "; mov $7, %al; jmp end; bad: mov $1, %al; end: out %al, $0xf4"
+    )
+    with soft(source + SPIN, way) as monitor:
+        assert ending(monitor) == Ending("debug-exit", code=15)
+
+
+def test_two_processors(way: Soft) -> None:
+    """The mini guest of IPIs, under the monitor."""
+    with planned("", engine="soft", soft=way, cpus=2) as plan:
+        monitor = Monitor(msgspec.structs.replace(plan, kernel=mini.image("ipi")))
+        try:
+            monitor.start()
+            assert ending(monitor).kind == "debug-exit"
+        finally:
+            monitor.stop()
+    assert monitor.console.history().decode() == mini.guest("ipi").console

@@ -58,6 +58,13 @@ _NOT_BY_SCRATCH = {Mnemonic.BT, Mnemonic.BTS, Mnemonic.BTR, Mnemonic.BTC}
 """With a register as index they reach beyond their operand."""
 
 
+_FLOATING = {
+    *(iced.CpuidFeature.FPU, iced.CpuidFeature.FPU287, iced.CpuidFeature.FPU387),
+    iced.CpuidFeature.SSE,
+}
+"""State that the scratch processor does not share."""
+
+
 class Unemulated(Exception):
     """An instruction that this emulator cannot do, in assembly."""
 
@@ -230,6 +237,8 @@ def _by_scratch(cpu: Cpu, instruction: iced.Instruction, operand: Any, linear: i
     if instruction.mnemonic in _NOT_BY_SCRATCH and instruction.op_kind(1) == iced.OpKind.REGISTER:
         raise Unemulated(str(instruction))
     if instruction.flow_control != iced.FlowControl.NEXT or instruction.is_stack_instruction:
+        raise Unemulated(str(instruction))
+    if instruction.is_privileged or _FLOATING.intersection(instruction.cpuid_features()):
         raise Unemulated(str(instruction))
     for used in iced.InstructionInfoFactory().info(instruction).used_registers():
         if not _registers.is_gpr(used.register) and used.register not in _SEGMENTS:
