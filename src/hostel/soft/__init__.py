@@ -2,7 +2,7 @@
 
 ::
 
-    hypervisor.py   root mode: VMXON … VMLAUNCH, one handler an exit     schedule.py  vCPUs on pCPUs
+    hypervisor/     root mode: VMXON … VMLAUNCH, one handler an exit     schedule/    vCPUs on pCPUs
          │ VMX instructions                                 ▲ VM exit
     pcpu.py         a physical processor ── vmx/            the VMCS, its instructions, entry, exit
          │ enter(state, controls, event)                    │ VmExit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from hostel.soft import mini
 from hostel.soft.hypervisor.host import Trap
 from hostel.soft.hypervisor.machine import Paging
 from hostel.soft.pcpu import PhysicalCpu
@@ -39,6 +40,18 @@ def test_machines_share_two_pcpus(paging: Paging, names: tuple[str, ...]) -> Non
             machines = {slice.vcpu.split("/")[0] for slice in timeline if slice.pcpu == pcpu}
             assert len(machines) > 1
         assert any(slice.came_from is not None for slice in timeline)
+
+
+def test_together_they_leave_in_memory_what_they_leave_alone() -> None:
+    names = ("memory", "fork", "fpu")
+    alone = []
+    for name in names:
+        with guests(1) as played:
+            play(played, name)
+            alone.append(mini.results(played.guests[0].memory))
+    with guests(2, slice=3_000) as played:
+        play(played, *names)
+        assert [mini.results(guest.memory) for guest in played.guests] == alone
 
 
 def test_all_on_one_pcpu() -> None:
