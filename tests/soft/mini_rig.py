@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -99,12 +100,17 @@ class _Run:
         self.writes: list[tuple[int, bytes]] = []
         self.ends = ""
         self.done = threading.Event()
+        self.error: BaseException | None = None
 
     def serve(self, vcpu: Vcpu) -> None:
-        while not self.done.is_set():
-            if ends := self.answer(vcpu.run()):
-                self.ends = self.ends or ends
-                self.done.set()
+        try:
+            while not self.done.is_set():
+                if ends := self.answer(vcpu.run()):
+                    self.ends = self.ends or ends
+                    self.done.set()
+        except BaseException as error:
+            self.error = error
+            self.done.set()
 
     def answer(self, exit: Exit) -> str:
         """How the guest has ended; "" if it goes on."""
@@ -134,17 +140,19 @@ class _Run:
             return "exit" if exit.data[0] == 0 else f"exit {exit.data[0]}"
         return ""
 
-    def until_end(self) -> None:
+    def until_end(self, patience: float = PATIENCE) -> None:
         threads = [threading.Thread(target=self.serve, args=(vcpu,)) for vcpu in self.vcpus]
         for thread in threads:
             thread.start()
-        if not self.done.wait(PATIENCE):
+        if not self.done.wait(patience):
             self.ends = "no end"
             self.done.set()
         for vcpu, thread in zip(self.vcpus, threads, strict=True):
             while thread.is_alive():
                 vcpu.kick()
                 thread.join(0.05)
+        if self.error is not None:
+            raise self.error
 
 
 def play(machine: Machine, name: str, **parameters: int) -> Outcome:
@@ -159,18 +167,30 @@ def statistics(machine: Machine, name: str) -> dict[str, Any]:
         return run.vcpus[0].open_stats().read()
 
 
+def spoiled(machine: Machine, name: str, changes: Mapping[int, int], patience: float) -> str:
+    """How it ends with these bytes of it changed."""
+    with _played(machine, name, {}, changes, patience) as (run, _):
+        return run.ends
+
+
 @contextmanager
 def _played(
-    machine: Machine, name: str, parameters: dict[str, int]
+    machine: Machine,
+    name: str,
+    parameters: dict[str, int],
+    changes: Mapping[int, int] = MappingProxyType({}),
+    patience: float = PATIENCE,
 ) -> Iterator[tuple[_Run, GuestMemory]]:
     guest = mini.guest(name)
     guest = msgspec.structs.replace(guest, parameters=guest.parameters | parameters)
     with GuestMemory(guest.memory) as memory:
         entry = load_kernel(memory, mini.image(name, **parameters))
+        for address, byte in changes.items():
+            memory.write(address, bytes([byte]))
         with machine(guest, memory) as vcpus:
             entry.apply(vcpus[0])
             run = _Run(vcpus)
-            run.until_end()
+            run.until_end(patience)
             yield run, memory
 
 

@@ -19,6 +19,7 @@ from hostel.soft.state import (
     CR0_CD,
     CR0_ET,
     CR0_NW,
+    CR0_PE,
     RDX,
     RFLAGS_IF,
     RIGHTS_CODE16,
@@ -92,6 +93,8 @@ def before_entry(vcpu: SoftVcpu) -> None:
 
 
 def _write_event(vcpu: SoftVcpu, event: Event, blocked: int) -> None:
+    if event.error is not None and not vcpu.read(Field.GUEST_CR0) & CR0_PE:
+        event = Event(event.vector, event.type)  # real mode has no error codes (§26.2.1.3)
     vcpu.write(Field.ENTRY_INTERRUPTION_INFO, event.info)
     if event.error is not None:
         vcpu.write(Field.ENTRY_EXCEPTION_ERROR, event.error)

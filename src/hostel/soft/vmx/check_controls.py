@@ -154,7 +154,7 @@ def check_event(vmcs: Vmcs) -> Checks:
 
 def _error_code(vmcs: Vmcs, info: int, kind: int, vector: int) -> Checks:
     protected = vmcs.read(Field.GUEST_CR0) & CR0_PE or not (
-        secondary_of(vmcs) & Secondary.UNRESTRICTED_GUEST
+        secondary_of(vmcs) & (Secondary.UNRESTRICTED_GUEST | Secondary.PAGED_REAL_MODE)
     )
     wanted = bool(protected) and kind == EventType.HARDWARE_EXCEPTION and vector in WITH_ERROR_CODE
     yield bool(info & EVENT_ERROR) == wanted, "§26.2.1.3: deliver-error-code bit"
