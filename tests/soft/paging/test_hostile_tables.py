@@ -1,4 +1,4 @@
-"""Guests that run on tables of the worst kind, on the whole of engine ``soft``: all four ways end alike."""
+"""Guests with tables of the worst kind, on the whole of engine ``soft``: all four ways end alike."""
 
 from __future__ import annotations
 
@@ -60,6 +60,22 @@ def test_a_table_in_no_memory_is_all_ones(way: Soft) -> None:
     source = (
         TABLES + "; movl $0x87, (%edi); movl $0x7ff00007, 4(%edi)" + PSE + "; mov %edi, %cr3"
         + PAGING + "; mov 0x400000, %eax; cmp $-1, %eax; jne 1f" + DONE + "; 1:" + SPIN
+    )  # fmt: skip
+    with machine(source, engine="soft", soft=way) as monitor:
+        assert monitor.wait(PATIENCE) == Ending("debug-exit", code=2 * 0x31 + 1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tables_written_through_global_pages(way: Soft) -> None:
+    """As kernels write theirs. A translation that a CR3 load spares must not escape write protection."""
+    switch = "; mov %cr3, %eax; mov %eax, %cr3; mov 0x400000, %eax"
+    source = (
+        TABLES + "; movl $0x183, (%edi); movl $0x802007, 4(%edi); movl $0x800183, 8(%edi)"
+        + "; movl $1, 0x803000; movl $2, 0x804000; movl $0x803007, 0x802000"
+        + "; movl $0x803007, 0x802004; mov %cr4, %eax; or $0x90, %eax; mov %eax, %cr4; mov %edi, %cr3" + PAGING
+        + "; mov 0x401000, %ebx; mov 0x400000, %eax; cmp $1, %eax; jne 1f"
+        + "; movl $0x804007, 0x802000" + switch + "; cmp $2, %eax; jne 1f"
+        + "; movl $0x803007, 0x802000" + switch + "; cmp $1, %eax; jne 1f" + DONE + "; 1:" + SPIN
     )  # fmt: skip
     with machine(source, engine="soft", soft=way) as monitor:
         assert monitor.wait(PATIENCE) == Ending("debug-exit", code=2 * 0x31 + 1)

@@ -299,10 +299,9 @@ class SoftVcpu:
     def _flush(self, pcpu: PhysicalCpu) -> None:
         """What the paging room wants forgotten, of this vCPU's tags."""
         while (flush := self.paging.take_flush()) is not None:
+            for address in flush.addresses:
+                pcpu.invvpid(_INVVPID_ADDRESS, self.vpid, address)
             match flush.scope:
-                case Scope.ADDRESSES:
-                    for address in flush.addresses:
-                        pcpu.invvpid(_INVVPID_ADDRESS, self.vpid, address)
                 case Scope.RETAIN_GLOBALS:
                     pcpu.invvpid(_INVVPID_RETAIN_GLOBALS, self.vpid, 0)
                 case Scope.CONTEXT:
