@@ -72,8 +72,8 @@ def test_tables_written_through_global_pages(way: Soft) -> None:
     source = (
         TABLES + "; movl $0x183, (%edi); movl $0x802007, 4(%edi); movl $0x800183, 8(%edi)"
         + "; movl $1, 0x803000; movl $2, 0x804000; movl $0x803007, 0x802000"
-        + "; movl $0x803007, 0x802004; mov %cr4, %eax; or $0x90, %eax; mov %eax, %cr4; mov %edi, %cr3" + PAGING
-        + "; mov 0x401000, %ebx; mov 0x400000, %eax; cmp $1, %eax; jne 1f"
+        + "; movl $0x803007, 0x802004; mov %cr4, %eax; or $0x90, %eax; mov %eax, %cr4"
+        + "; mov %edi, %cr3" + PAGING + "; mov 0x401000, %ebx; mov 0x400000, %eax; cmp $1, %eax; jne 1f"
         + "; movl $0x804007, 0x802000" + switch + "; cmp $2, %eax; jne 1f"
         + "; movl $0x803007, 0x802000" + switch + "; cmp $1, %eax; jne 1f" + DONE + "; 1:" + SPIN
     )  # fmt: skip

@@ -134,6 +134,29 @@ def test_a_32_bit_guest_runs_on_pae_tables() -> None:
         assert statistics(machine).frames == 1 + 4, "and the root of the time before paging"
 
 
+def test_what_a_32_bit_guest_left_alone_stays() -> None:
+    """Neighbours of an entry that changed: two of its entries are as long as one of the shadow's."""
+    with Machine("shadow") as machine:
+        machine.memory.write_u32(0x1000, 0x2067)
+        for page in range(16):
+            machine.memory.write_u32(0x2000 + 4 * page, page << 12 | 0x67)
+        cpu = machine.cpu
+        cpu.load(Registers(ON, 0x1000, 0, 0))
+        for page in range(16):
+            cpu.access(page << 12)
+        cpu.access(0x2000, WRITE)
+        machine.memory.write_u32(0x2000 + 4 * 9, 0xA067)
+        cpu.load(Registers(ON, 0x1000, 0, 0))
+        before = statistics(machine).page_faults
+        assert [cpu.access(page << 12).gpa >> 12 for page in (8, 9, 10)] == [8, 10, 10]
+        assert statistics(machine).page_faults == before + 1
+        cpu.access(0x2000, WRITE)
+        cpu.invlpg(0x8000)
+        before = statistics(machine).page_faults
+        cpu.access(0x8000)
+        assert statistics(machine).page_faults == before
+
+
 def test_bits_that_a_pae_pdpte_must_not_have() -> None:
     """Where other entries have their dirty bit, which may come without a change, this one is malformed."""
     with Machine("shadow") as machine:
