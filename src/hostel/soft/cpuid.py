@@ -5,7 +5,7 @@ Only what the cores really do is named. The vendor is Intel, for the virtualizat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from hostel.abi.kvm import CPUID_FLAG_SIGNIFCANT_INDEX, CpuidEntry2
 
@@ -99,11 +99,11 @@ class Cpuid:
             self._leaves.setdefault(entry.function, {})[index] = values
         self._highest = self._leaves.get(0, {}).get(None, (0, 0, 0, 0))[0]
 
-    def __call__(self, leaf: int, index: int, cr4: int) -> tuple[int, int, int, int]:
+    def __call__(self, leaf: int, index: int, cr4: Callable[[], int]) -> tuple[int, int, int, int]:
         """EAX, EBX, ECX, EDX. Leaf 1 shows CR4.OSXSAVE."""
         leaf, index = leaf & 0xFFFF_FFFF, index & 0xFFFF_FFFF
         eax, ebx, ecx, edx = self._find(leaf, index)
-        if leaf == 1 and cr4 & CR4_OSXSAVE:
+        if leaf == 1 and cr4() & CR4_OSXSAVE:
             ecx |= _OSXSAVE
         return eax, ebx, ecx, edx
 

@@ -124,6 +124,7 @@ def load(vcpu: SoftVcpu, wanted: Registers) -> None:
     vcpu.write(Field.CR0_SHADOW, wanted.cr0)
     vcpu.write(Field.CR4_SHADOW, wanted.cr4)
     vcpu.set_long_mode(bool(real.efer & EFER_LMA))
+    vcpu.forget_translation_state()
 
 
 def set_cr0(vcpu: SoftVcpu, value: int) -> None:

@@ -14,7 +14,7 @@ What is left (SSE and x87 operands, far branches, two memory operands) is ``Unem
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -103,9 +103,15 @@ def step(cpu: Cpu) -> None:
 def decode(cpu: Cpu) -> iced.Instruction:
     base = 0 if cpu.bits == 64 else cpu.segment_base("cs")
     code = cpu.fetch(base + cpu.rip & _U64, LONGEST)
-    instruction = iced.Decoder(cpu.bits, code, ip=cpu.rip).decode()
+    return _decoded(code, cpu.bits, cpu.rip)
+
+
+@lru_cache(1024)
+def _decoded(code: bytes, bits: int, rip: int) -> iced.Instruction:
+    """Kept, for who waits for a device asks it again and again."""
+    instruction = iced.Decoder(bits, code, ip=rip).decode()
     if instruction.is_invalid:
-        raise Unemulated(f"bytes {code.hex()} at {cpu.rip:#x}")
+        raise Unemulated(f"bytes {code.hex()} at {rip:#x}")
     return instruction
 
 

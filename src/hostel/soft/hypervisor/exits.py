@@ -85,7 +85,7 @@ def _general_protection(vcpu: SoftVcpu, exit: VmExit) -> None:
 
 def _cpuid(vcpu: SoftVcpu, exit: VmExit) -> None:
     leaf, index = vcpu.register(RAX), vcpu.register(RCX)
-    values = vcpu.cpuid(leaf, index, control_registers.cr4(vcpu))
+    values = vcpu.cpuid(leaf, index, lambda: control_registers.cr4(vcpu))
     for register, value in zip((RAX, RBX, RCX, RDX), values, strict=True):
         vcpu.set_register(register, value)
     vcpu.skip(exit)

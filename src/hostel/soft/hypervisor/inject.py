@@ -69,10 +69,13 @@ def wake(vcpu: SoftVcpu) -> bool:
 
 def before_entry(vcpu: SoftVcpu) -> None:
     """Fill the VM-entry interruption-information field, and ask for the windows."""
-    windows = 0
-    blocked = vcpu.read(Field.GUEST_INTERRUPTIBILITY)
     lapic = vcpu.lapic
     event, vcpu.event = vcpu.event, None
+    quiet = event is None and not lapic.nmi and not vcpu.primary & _WINDOWS
+    if quiet and lapic.pending is None:
+        return
+    windows = 0
+    blocked = vcpu.read(Field.GUEST_INTERRUPTIBILITY)
     if lapic.nmi:
         if event is None and not blocked & (_SHADOW | BLOCKED_BY_NMI):
             lapic.nmi = False

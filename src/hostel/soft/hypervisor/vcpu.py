@@ -76,6 +76,7 @@ class SoftVcpu:
         self._finish: Callable[[bytes], Exit | None] | None = None
         self._answer = memoryview(b"")
         self._view = CpuState()
+        self._view_is_good = False
 
     # --- Binding to a pCPU ---
 
@@ -162,9 +163,15 @@ class SoftVcpu:
         self.lapic.tpr = value << 4
 
     def translation_state(self) -> CpuState:
-        """What the walkers need of the last exit's state. Valid until the next call."""
-        guest_state.load_translation(self._view, self.read)
+        """What the walkers need of the last exit's state. Valid until the next entry."""
+        if not self._view_is_good:
+            guest_state.load_translation(self._view, self.read)
+            self._view_is_good = True
         return self._view
+
+    def forget_translation_state(self) -> None:
+        """A handler has changed it."""
+        self._view_is_good = False
 
     def full_state(self) -> CpuState:
         """The processor's real state at the last exit."""
@@ -190,6 +197,7 @@ class SoftVcpu:
         """As the guest shall believe it is."""
         _copy_unswitched(state, self.state)
         guest_state.store(state, self.write)
+        self._view_is_good = False
         self.cr8 = state.cr8
         wanted = Registers(state.cr0, state.cr3, state.cr4, state.efer)
         control_registers.load(self, wanted)
@@ -206,7 +214,9 @@ class SoftVcpu:
     def skip(self, exit: VmExit) -> None:
         """Behind the instruction."""
         rip = self.read(Field.GUEST_RIP) + exit.length
-        self.write(Field.GUEST_RIP, rip & (_U64 if self.in_long_mode() else 0xFFFF_FFFF))
+        if rip >> 32 and not self.in_long_mode():
+            rip &= 0xFFFF_FFFF
+        self.write(Field.GUEST_RIP, rip & _U64)
         self.end_shadow()
 
     def end_shadow(self) -> None:
@@ -283,6 +293,7 @@ class SoftVcpu:
         """VMLAUNCH or VMRESUME, to the next VM exit and its handler."""
         inject.before_entry(self)
         self._flush(pcpu)
+        self._view_is_good = False
         pcpu.vmwrite(Field.PREEMPTION_TIMER, min(limit, 0xFFFF_FFFF))
         before = pcpu.core.statistics.instructions
         if self.launched:
