@@ -25,6 +25,7 @@ from hostel.soft.silicon import (
     Controls,
     Event,
     EventType,
+    Pin,
     Primary,
     Reason,
     Secondary,
@@ -67,6 +68,7 @@ class Carrier:
         self.paging = EptPaging(self.physical, self.map)
         self.vcpu = self.paging.vcpu()
         self.core = TranslatingCore(self.physical, PagingMmu(self.physical))
+        self.cores = [self.core]
         self.controls = Controls(
             primary=Primary.HLT
             | Primary.UNCONDITIONAL_IO
@@ -80,10 +82,26 @@ class Carrier:
         self.said = bytearray()
         self.event: Event | None = None
 
+    def slice(self, instructions: int, cores: int) -> None:
+        self.controls.pin, self.controls.timer = Pin.PREEMPTION_TIMER, instructions
+        for _ in range(cores - 1):
+            self.cores.append(TranslatingCore(self.physical, PagingMmu(self.physical)))
+
+    def migrate(self) -> None:
+        """To the next core, whose TLBs know nothing of what the guest did elsewhere."""
+        fpu = self.core.save_fpu()
+        self.core = self.cores[(self.cores.index(self.core) + 1) % len(self.cores)]
+        self.core.load_fpu(fpu)
+        self.core.mmu.flush(self.controls, keep_global=False)
+        self.core.flush()
+
     def run(self) -> str:
         while True:
             event, self.event = self.event, None
-            if ends := self.answer(self.core.enter(self.state, self.controls, event)):
+            exit = self.core.enter(self.state, self.controls, event)
+            if exit.reason is Reason.PREEMPTION_TIMER:
+                self.migrate()
+            elif ends := self.answer(exit):
                 return ends
 
     def answer(self, exit: VmExit) -> str:
@@ -156,7 +174,8 @@ class Carrier:
         return self.vcpu.translate(self.state, linear, Access.WRITE, self.state.cpl == 3)
 
     def close(self) -> None:
-        self.core.close()
+        for core in self.cores:
+            core.close()
         self.paging.close()
         self.physical.close()
         self.memory.close()
@@ -190,3 +209,25 @@ def test_a_mini_guest_says_what_it_says_on_kvm(name: str) -> None:
         assert (carrier.said.decode("latin-1"), ends) == (guest.console, guest.ends)
     finally:
         carrier.close()
+
+
+TRICKY = ("faults", "steps", "selfmod", "rings", "sector", "modes")
+
+
+def instructions(carrier: Carrier) -> int:
+    return sum(core.statistics.instructions for core in carrier.cores)
+
+
+@pytest.mark.parametrize("name", TRICKY)
+def test_cut_into_slices_on_two_cores_it_is_the_same_guest(name: str) -> None:
+    """Stopped every 7 instructions, carried to the other core, and gone on there: not one more or less."""
+    guest = mini.guest(name)
+    whole, sliced = Carrier(guest), Carrier(guest)
+    try:
+        ends = whole.run()
+        sliced.slice(7, cores=2)
+        assert (sliced.run(), sliced.said) == (ends, whole.said)
+        assert instructions(sliced) == instructions(whole)
+    finally:
+        whole.close()
+        sliced.close()
