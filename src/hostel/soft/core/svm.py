@@ -382,7 +382,8 @@ class SvmCore:
         """INT n, INT3 or INTO was under way; RIP is behind it."""
         state = self._state
         linear = state.rip + (0 if state.bits == 64 else state.cs.base)
-        length = 1 if vector in (3, 4) and self._read(linear - 1, 1) in (b"\xcc", b"\xce") else 2
+        short = vector in (3, 4) and self._walk_code(state, linear - 1, 1) in (b"\xcc", b"\xce")
+        length = 1 if short else 2
         state.rip -= length
         kind = EventType.SOFTWARE_EXCEPTION if length == 1 else EventType.SOFTWARE_INTERRUPT
         return Event(vector, kind, None, length)
