@@ -240,6 +240,16 @@ def test_code_that_is_changed_by_another_address() -> None:
         assert guest.state.gpr[RBX] == 1 + 2 + 3
 
 
+def test_code_that_the_host_writes() -> None:
+    with SvmGuest("mov $1, %al; hlt") as guest:
+        guest.run()
+        guest.memory.write(CODE, b"\xb0\x02")
+        guest.core.wrote(guest.hpa + CODE, 2)
+        guest.state.rip = CODE
+        guest.run()
+        assert guest.state.gpr[RAX] == 2
+
+
 def test_a_guest_table_in_a_page_that_is_not_executable() -> None:
     with SvmGuest("mov 0x123000, %al; hlt") as guest:
         leaf = guest.leaves + 8 * 6

@@ -129,7 +129,9 @@ class SvmCore:
 
     def wrote(self, hpa: int, size: int) -> None:
         """Somebody else changed memory: blocks translated from it are dropped."""
-        self._processor.write(hpa, self._physical.read(hpa, size))
+        for span in self._physical.spans:
+            if span.hpa <= hpa < span.hpa + span.size:
+                self._processor.forget_code(span.hva + hpa - span.hpa, size)
 
     def save_fpu(self) -> bytes:
         return self._environment.fpu()

@@ -13,7 +13,7 @@ from hostel.soft.state import CpuState
 
 from . import svm_decode as decode
 
-SS, GP, UD, DB = 12, 13, 6, 1
+DB, UD, SS, GP, PF = 1, 6, 12, 13, 14
 _U32 = 0xFFFF_FFFF
 
 

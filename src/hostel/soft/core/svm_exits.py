@@ -15,7 +15,7 @@ from hostel.soft.state import CR0_PE, CR4_OSXSAVE, RAX, RCX, RDX
 
 from . import svm_decode as decode
 from . import vmcb
-from .svm_exit import DB, GP, SS, UD, Exit, Handler
+from .svm_exit import DB, GP, PF, SS, UD, Exit, Handler
 from .svm_io import io
 from .svm_registers import (
     GeneralProtection,
@@ -247,7 +247,7 @@ def _exception(exit: Exit, _: PhysicalMemory) -> VmExit | None:
     event = Event(vector, EventType.HARDWARE_EXCEPTION, error)
     exits = bool(controls.exception_bitmap >> vector & 1)
     address = 0
-    if vector == 14:
+    if vector == PF:
         exits ^= exit.info1 & controls.pf_mask != controls.pf_match
         address = exit.info2
     if vector == UD:
@@ -258,17 +258,21 @@ def _exception(exit: Exit, _: PhysicalMemory) -> VmExit | None:
         return VmExit(Reason.EXCEPTION_NMI, address, 0, interruption=event)
     if exit.inject is None:
         exit.inject = event
-        if vector == 14:
+        if vector == PF:
             exit.state.cr2 = address
     return None
 
 
 def _error_code(exit: Exit) -> int:
-    """QEMU says vector * 16 + IDT where a gate of long mode is bad: it is vector * 8 (SDM vol. 3A §6.13)."""
-    vectoring = exit.vectoring
-    if vectoring is not None and exit.info1 == vectoring.vector * 16 + 2:
-        return vectoring.vector * 8 + 2
-    return exit.info1
+    """Of what came up while something else was delivered, QEMU gives the wrong one (SDM vol. 3A §6.13):
+    vector * 16 where a gate of long mode is bad, and EXT never."""
+    code, vectoring = exit.info1, exit.vectoring
+    if vectoring is None or exit.code == vmcb.EXCEPTION + PF:
+        return code
+    if code == vectoring.vector * 16 + 2:
+        code = vectoring.vector * 8 + 2
+    soft = vectoring.type in (EventType.SOFTWARE_INTERRUPT, EventType.SOFTWARE_EXCEPTION)
+    return code if soft else code | 1
 
 
 def _is_stack_fault(exit: Exit) -> bool:

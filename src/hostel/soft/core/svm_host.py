@@ -158,6 +158,11 @@ class Processor:
         self._flush_page = lib.tlb_flush_page_x86_64
         self._flush.argtypes = (ctypes.c_void_p,)
         self._flush_page.argtypes = (ctypes.c_void_p, ctypes.c_uint64)
+        self._ram_address = lib.qemu_ram_addr_from_host_x86_64
+        self._ram_address.argtypes = (ctypes.c_void_p, ctypes.c_uint64)
+        self._ram_address.restype = ctypes.c_uint64
+        self._forget = lib.tb_invalidate_phys_range_x86_64
+        self._forget.argtypes = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64)
         self._hook("intr", _HOOK_INTR)
         self._hook("block", _HOOK_BLOCK)
         for entry, instruction in (
@@ -216,11 +221,10 @@ class Processor:
         else:
             self._flush_page(self.cpu, address)
 
-    def write(self, hpa: int, data: bytes) -> None:
-        """Through unicorn, which forgets what it has translated from there."""
-        self._call(
-            "uc_mem_write", self._handle, ctypes.c_uint64(hpa), data, ctypes.c_uint64(len(data))
-        )
+    def forget_code(self, hva: int, size: int) -> None:
+        """Blocks translated from these bytes, which have changed."""
+        start = self._ram_address(self._handle, hva)
+        self._forget(self._handle, start, start + size)
 
     def close(self) -> None:
         if self._handle.value:

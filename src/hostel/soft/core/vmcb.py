@@ -44,9 +44,9 @@ INVLPG, IOIO, MSR, SHUTDOWN, ICEBP, WBINVD, MONITOR, MWAIT = (
 NPF, SYSCALL, SYSENTER = 0x400, 0x4F0, 0x4F1
 """The last two are ours: unicorn hands these instructions to a hook."""
 
-_BP, _OF, _UD, _NP, _GP, _PF = 3, 4, 6, 11, 13, 14
-_CHECKED_EXCEPTIONS = 1 << _UD | 1 << _NP | 1 << _GP
-"""#UD: it may be an instruction of VMX. #NP, #GP: QEMU's error code for a bad gate is wrong in long mode."""
+_BP, _OF, _UD, _TS, _NP, _SS, _GP, _PF = 3, 4, 6, 10, 11, 12, 13, 14
+_CHECKED_EXCEPTIONS = 1 << _UD | 1 << _TS | 1 << _NP | 1 << _SS | 1 << _GP
+"""#UD: it may be an instruction of VMX. The others: met in a delivery, QEMU's error code is wrong."""
 _ALWAYS = (RDTSC, CPUID, INVD, HLT, IOIO, MSR, SHUTDOWN, ICEBP, MONITOR, MWAIT, RDPMC, TR_WRITE)
 _BY_PRIMARY = (
     (Primary.INVLPG, INVLPG),
