@@ -303,6 +303,19 @@ def test_the_controls_reach_the_core() -> None:
         assert (entered(made)[1].cr4_shadow, entered(made)[1].timer) == (0x30, 5)
 
 
+def test_the_interrupt_window_is_turned_on_and_off() -> None:
+    """Without decoding and checking all controls again."""
+    with world() as made:
+        cpu = made.root()
+        seen: list[int] = []
+        for window in (0, Primary.INTERRUPT_WINDOW, Primary.INTERRUPT_WINDOW, 0):
+            cpu.vmwrite(Field.PRIMARY_CONTROLS, GOOD[Field.PRIMARY_CONTROLS] | window)
+            cpu.vmresume() if seen else cpu.vmlaunch()
+            seen.append(entered(made)[1].primary & Primary.INTERRUPT_WINDOW)
+        assert seen == [0, Primary.INTERRUPT_WINDOW, Primary.INTERRUPT_WINDOW, 0]
+        assert cpu.vmread(Field.PRIMARY_CONTROLS) == GOOD[Field.PRIMARY_CONTROLS]
+
+
 def run_for(core: ScriptedCore, instructions: int) -> None:
     def guest(state: CpuState, controls: Controls, event: Event | None) -> VmExit:
         core.statistics.instructions += instructions

@@ -13,7 +13,7 @@ import msgspec
 
 from hostel.errors import MemoryFault
 from hostel.soft.physical import PAGE, PhysicalMemory
-from hostel.soft.silicon import Controls
+from hostel.soft.silicon import Controls, Primary
 from hostel.soft.vmx.fields import (
     ACCESS,
     CONTROL_AREA,
@@ -161,13 +161,22 @@ class Vmcs:
     def write(self, encoding: int, value: int) -> None:
         """All 64 bits of a 64-bit field at once, or only its high half."""
         place, mask, _ = ACCESS[encoding]
-        if encoding & 1:
-            value = self.read(encoding - 1) & 0xFFFF_FFFF | (value & mask) << 32
-            mask = (1 << 64) - 1
-        _U64.pack_into(self.view, place, value & mask)
+        old: int = _U64.unpack_from(self.view, place)[0]
+        new = old & 0xFFFF_FFFF | (value & mask) << 32 if encoding & 1 else value & mask
+        if new == old:
+            return
+        _U64.pack_into(self.view, place, new)
+        if encoding == Field.PRIMARY_CONTROLS and old ^ new == Primary.INTERRUPT_WINDOW:
+            self._turn_window()
+            return
         self.changed |= TOUCHED[encoding]
         if encoding in _DECODED:
             self.decoded = None
+
+    def _turn_window(self) -> None:
+        """The control that hypervisors turn on and off all the time, and that no check looks at."""
+        if self.decoded is not None:
+            self.decoded.controls.primary ^= Primary.INTERRUPT_WINDOW
 
     # --- Areas, in the order of fields.py ---
 
