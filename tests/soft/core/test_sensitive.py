@@ -294,6 +294,21 @@ def test_single_steps_trap_after_each_instruction() -> None:
         assert (gpr[RBX], gpr[RCX], gpr[RDX]) == (3, 1, 0x8006)
 
 
+def test_a_step_that_exits_leaves_dr6_alone() -> None:
+    with Bench("nop; rdtsc; hlt") as bench:
+        bench.state.rflags |= 0x100
+        bench.controls.exception_bitmap = 1 << 1
+        for rip in (0x8001, 0x8003):
+            exit = bench.run()
+            assert (exit.reason, exit.qualification) == (Reason.EXCEPTION_NMI, 1 << 14)
+            assert (bench.state.rip, bench.state.dr6) == (rip, 0xFFFF_0FF0)
+        bench.controls.exception_bitmap = 0
+        bench.state.rip = 0x8000
+        bench.handlers("hlt", 1)
+        bench.run()
+        assert bench.state.dr6 == 0xFFFF_4FF0
+
+
 def test_descriptor_tables_exit_on_demand() -> None:
     with Bench("sgdt (%rbx); lgdt (%rbx); str %eax; hlt") as bench:
         bench.state.gpr[RBX] = 0x20000

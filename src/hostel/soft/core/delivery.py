@@ -49,8 +49,11 @@ class Delivery:
         return self._through(event, self._core.state.rip + event.length)
 
     def _armed(self, fault: Fault) -> Event:
+        """CR2 and DR6 change when the guest gets its exception, not when the hypervisor does (§27.1)."""
         if fault.vector == PF:
             self._core.state.cr2 = fault.cr2
+        elif fault.vector == DB:
+            self._core.state.dr6 |= STEP
         return fault.event
 
     def _intercepted(self, fault: Fault, vectoring: Event | None) -> VmExit | None:
@@ -91,7 +94,9 @@ class Delivery:
 
 
 def _exception_exit(fault: Fault, event: Event, vectoring: Event | None) -> VmExit:
-    qualification = {PF: fault.cr2, DB: STEP}.get(event.vector, 0)
+    qualification = 0
+    if event.type is EventType.HARDWARE_EXCEPTION:
+        qualification = {PF: fault.cr2, DB: STEP}.get(event.vector, 0)
     return VmExit(Reason.EXCEPTION_NMI, qualification, interruption=event, vectoring=vectoring)
 
 

@@ -13,9 +13,8 @@ from hostel.soft.physical import PAGE
 from hostel.soft.silicon import Access, EptFault, Event, EventType, PageFault, Reason, VmExit
 from hostel.soft.state import RSP
 
-from .delivery import STEP
 from .engine import EXCEPTION, ILLEGAL
-from .env import DR, EIP, HF_CS64, IS_INT
+from .env import EIP, HF_CS64, IS_INT
 from .events import BP, DB, GP, OF, PF, SS, UD, WITH_ERROR_CODE, Fault
 from .translations import NotCanonical, Refusal
 from .view import INT3
@@ -58,8 +57,6 @@ class Stops:
             return self._trap(OF)
         if vector == DB:
             core.count(spent)
-            core.sync()
-            core.state.dr6 |= env.u64[DR // 8 + 6] & STEP
             return core.raise_fault(Fault(DB))
         core.count(spent - self._unfinished())
         raise Fault(vector, env.error_code & 0xFFFF if vector in WITH_ERROR_CODE else None)

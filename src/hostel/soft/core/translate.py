@@ -44,7 +44,7 @@ from hostel.soft.state import (
     CpuState,
 )
 
-from .delivery import SHADOWED, STEP, Delivery, ept_exit
+from .delivery import SHADOWED, Delivery, ept_exit
 from .engine import FOREVER, FULL, TO_SCAN, Engine
 from .env import FPU, FPU_END, HF_INHIBIT
 from .events import DB, PF, Fault
@@ -311,7 +311,6 @@ class TranslatingCore:
         state.interruptibility = state.interruptibility & ~SHADOWED | self.shadow
         self.count(1)
         if stepped:
-            state.dr6 |= STEP
             return self.raise_fault(Fault(DB))
         self._resume()
         return None
