@@ -6,11 +6,11 @@ import pytest
 
 pytest.importorskip("unicorn", reason="the extra `soft` is not installed")
 
-from hostel.errors import MachineStopped
+from hostel.errors import HostError, MachineStopped
 from hostel.soft.core import engine
 from hostel.soft.physical import PhysicalMemory
-from hostel.soft.silicon import Pin, Reason
-from hostel.soft.state import RAX, RCX
+from hostel.soft.silicon import Access, Controls, Pin, Reason, Translation
+from hostel.soft.state import RAX, RCX, CpuState
 from soft.core.core_rig import Bench
 
 # A hundred blocks that follow one another; each has an instruction that is replaced.
@@ -85,3 +85,21 @@ def test_the_same_guest_gives_the_same_trace() -> None:
         return seen
 
     assert trace() == trace()
+
+
+@pytest.mark.parametrize("page", [0x8000, 0x20000])
+def test_a_translation_to_where_no_memory_is_is_the_hosts_mistake(page: int) -> None:
+    """Of code, and of data."""
+    with Bench("mov 0x20000, %eax; hlt") as bench:
+        real = bench.mmu.translate
+
+        def lost(
+            state: CpuState, controls: Controls, address: int, access: Access, user: bool
+        ) -> Translation:
+            if address & ~0xFFF == page:
+                return Translation(1 << 38, True, True)
+            return real(state, controls, address, access, user)
+
+        bench.core.mmu.translate = lost  # type: ignore[method-assign]
+        with pytest.raises(HostError, match="no memory"):
+            bench.run()
