@@ -84,6 +84,8 @@ def test_wrong_names_are_told() -> None:
         mini.image("hello", pages=3)
     with pytest.raises(SpecError, match="pages of mini guest churn is 1 to 12000, not 0"):
         mini.image("churn", pages=0)
+    with pytest.raises(SpecError, match="cpus of mini guest ipi is 2 to 4, not 1"):
+        mini.image("ipi", cpus=1)
 
 
 @pytest.mark.kvm

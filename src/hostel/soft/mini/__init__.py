@@ -81,7 +81,7 @@ def _check(entry: Guest, parameter: str, value: int) -> None:
             cure=f"one of: {', '.join(entry.parameters) or 'none'}",
         )
     most = entry.most.get(parameter, MOST)
-    least = 0 if most == 1 else 1
+    least = entry.least.get(parameter, 0 if most == 1 else 1)
     if not least <= value <= most:
         raise SpecError(f"{parameter} of mini guest {entry.name} is {least} to {most}, not {value}")
 

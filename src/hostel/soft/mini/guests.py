@@ -26,6 +26,7 @@ class Guest(msgspec.Struct, frozen=True):
     parameters: dict[str, int] = {}
     most: dict[str, int] = {}
     """What a parameter may be at most, else ``MOST``. One of 0 or 1 is a switch; no other may be 0."""
+    least: dict[str, int] = {}
     mode: Mode = "long"
     irqchip: bool = False
     """It needs LAPIC, IOAPIC, PIC and PIT."""
@@ -99,6 +100,7 @@ _ALL = (
         "interrupts between processors, priorities",
         {"rounds": 20, "cpus": 2, "x2apic": 1},
         {"cpus": 4, "x2apic": 1},
+        {"cpus": 2},
         irqchip=True,
     ),
     Guest(
