@@ -159,6 +159,18 @@ def test_what_it_cannot_do_it_names(source: str, word: str) -> None:
     assert (cpu.registers, cpu.rip) == (start(), 0x8000)
 
 
+def test_an_invalid_instruction_does_not_spoil_the_next() -> None:
+    """0xF7 /1 is TEST by another name; the scratch processor does not know it."""
+    for source in (".byte 0xf7, 0x0b, 1, 0, 0, 0", "imul $41, (%rbx), %eax"):
+        cpu = Cpu(source)
+        if source.startswith(".byte"):
+            with pytest.raises(Unemulated, match="test"):
+                emulator.step(cpu)
+        else:
+            emulator.step(cpu)
+            assert cpu.rip > 0x8000
+
+
 def test_a_load_that_fails_changes_nothing() -> None:
     class Refuses(Exception):
         pass

@@ -69,6 +69,10 @@ class Unemulated(Exception):
     """An instruction that this emulator cannot do, in assembly."""
 
 
+class _Refused(Exception):
+    """By the scratch processor."""
+
+
 class Cpu(Protocol):
     """The registers of the vCPU, and its memory by linear address."""
 
@@ -253,7 +257,11 @@ def _by_scratch(cpu: Cpu, instruction: iced.Instruction, operand: Any, linear: i
     data = cpu.load(linear, size) if operand.access in _READS else bytes(size)
     scratch = _scratch(64 if cpu.bits == 64 else 32)
     registers = [cpu.register(number) for number in range(16)]
-    after, flags, data = scratch(_relocated(instruction), registers, cpu.rflags, data)
+    try:
+        after, flags, data = scratch(_relocated(instruction), registers, cpu.rflags, data)
+    except _Refused:
+        _scratch.cache_clear()  # it would keep an invalid instruction's translation over a write
+        raise Unemulated(str(instruction)) from None
     if operand.access in _WRITES:
         cpu.store(linear, data)
     for number, value in enumerate(after):
@@ -301,7 +309,7 @@ def _scratch(bits: int) -> Any:
             engine.reg_write(x86.UC_X86_REG_EFLAGS, flags & (_ARITHMETIC | RFLAGS_DF) | 2)
             engine.emu_start(_CODE, _CODE + len(code), count=1)
         except (ValueError, unicorn.UcError):
-            raise Unemulated(str(instruction)) from None
+            raise _Refused from None
         after = [engine.reg_read(number) for number in numbers] + registers[len(numbers) :]
         return (
             after,
