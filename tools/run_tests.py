@@ -9,8 +9,10 @@
 On a host whose KVM is hardware the tests marked linux_kvm run here as well: the testbed's CPU is an
 emulated one, and what a user has is not. Arguments go to pytest, in both parts.
 
-Rules: it ends, whatever stands still, and says what did. In the testbed such a test is tried once more, and
-the second time is a failure; a test that *failed* is not tried again. What passed by a second try is said.
+Rules: it ends, whatever stands still, and says what did. In the testbed what stood still or failed is tried
+once more, in a fresh boot: its processors are emulated, and those of its guests by that emulation, and both
+were seen to go wrong. The second time is a failure; more than a few failures are, at once. What passed by a
+second try is said, by name: it is a lead, not a success. Here nothing is tried twice.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ ENDED = 124
 """Our code for a pytest that we ended, as timeout(1) has it."""
 BOOTS = 5
 """Of the testbed, at most."""
+FEW = 3
+"""Failures in the testbed that may be its own."""
 BUDGET = 3300.0
 """Seconds for everything."""
 PATIENCE = 400.0
@@ -51,7 +55,8 @@ TIME_IS_UP = f"the {BUDGET / 60:.0f} minutes for all tests are over"
 LAST_WORDS = 5.0
 """Seconds for a process to show where it stands (Python's faulthandler) before it is killed."""
 DONE = ("PASSED", "SKIPPED", "XFAIL", "XPASS")
-VERDICT = re.compile(rf"(.+::.+?) (FAILED|ERROR|{'|'.join(DONE)})\b")
+BAD = ("FAILED", "ERROR")
+VERDICT = re.compile(rf"(.+::.+?) ({'|'.join((*BAD, *DONE))})\b")
 SUMMARY = re.compile(r" in [\d.]+s( \([\d:]+\))?( =+)?$")
 
 
@@ -143,6 +148,8 @@ class Boots:
         self.boots = 0
         self.stood: list[str] = []
         """The tests that a boot which did not end well was in: it stood still there, or froze."""
+        self.failed: list[str] = []
+        """The few that failed, and were tried once more."""
         self.hung: list[str] = []
         """Those of two boots."""
         self.saved: list[str] = []
@@ -164,8 +171,18 @@ class Boots:
                 self._sift(verdicts, part.why)
             else:
                 self.code, self.counts, self.left = part.code, self.counts + part.counts, []
+                self._doubt(part, verdicts)
         if self.hung or self.left:
             self.code = 1
+
+    def _doubt(self, part: Part, verdicts: dict[str, str]) -> None:
+        """A few failures, for the first time: they are what is left."""
+        failed = [test for test, verdict in verdicts.items() if verdict in BAD]
+        if failed and not self.failed and len(failed) <= FEW:
+            self.code, self.failed, self.left = 0, failed, failed
+            self.counts -= Counter(
+                {what: part.counts[what] for what in ("failed", "error", "errors")}
+            )
 
     def _sift(self, verdicts: dict[str, str], why: str) -> None:
         """What is kept of a boot that did not end well. What failed in it runs again, for its report is lost,
@@ -182,6 +199,7 @@ class Boots:
 
     def notes(self) -> list[str]:
         notes = [f"stood still twice: {test}" for test in self.hung]
+        notes += [f"failed at first: {test}" for test in self.failed if test in self.saved]
         saved = [test for test in self.saved if test not in self.hung]
         notes += [f"passed by a second try: {test}" for test in saved]
         if self.left:
