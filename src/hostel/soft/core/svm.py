@@ -98,6 +98,8 @@ class SvmCore:
         )
         self._fetcher = Fetcher(self._processor.cpu, self._walk_code)
         self._key: tuple[object, ...] = ()
+        self._machine = 0
+        """Whose blocks are translated: an EPT's, or without one a VPID's (negative)."""
         self._state = CpuState()
         self._controls = Controls()
         self._kicked = threading.Event()
@@ -111,11 +113,18 @@ class SvmCore:
         self._block.budget = self._start = controls.timer if controls.pin & _TIMER else _FOREVER
         before = self._block.events
         self._processor.grow_tlb()
+        self._switch_machine(controls)
         try:
             return self._until_exit(event)
         finally:
             self.statistics.instructions += self._start - self._block.budget
             self.statistics.events_delivered += self._block.events - before
+
+    def _switch_machine(self, controls: Controls) -> None:
+        machine = controls.ept_pointer if controls.secondary & _EPT else -controls.vpid
+        if machine != self._machine:
+            self._machine = machine
+            self._processor.forget_blocks()
 
     def interrupt(self) -> None:
         self._kicked.set()

@@ -31,6 +31,7 @@ _HOOK_INTR, _HOOK_INSN, _HOOK_BLOCK = 1, 2, 8
 _INS_IN, _INS_OUT, _INS_SYSCALL, _INS_SYSENTER = 218, 500, 699, 700
 _CTL_WRITE = 1 << 26 | 1 << 30
 _CTL_USE_EXITS, _CTL_CPU_MODEL = 4 | _CTL_WRITE, 7 | _CTL_WRITE
+_CTL_FLUSH_BLOCKS = 10 | 1 << 30
 _MODEL_EPYC_ROME = 37
 
 # Offsets, in unicorn's structure, in the processor's, in its registers'.
@@ -225,6 +226,11 @@ class Processor:
         """Blocks translated from these bytes, which have changed."""
         start = self._ram_address(self._handle, hva)
         self._forget(self._handle, start, start + size)
+
+    def forget_blocks(self) -> None:
+        """All that is translated. Unicorn gives every large mapping the same ``ram_addr`` to start from, and
+        knows blocks by that: two machines that have other code at one address would run each other's."""
+        self._call("uc_ctl", self._handle, _CTL_FLUSH_BLOCKS)
 
     def close(self) -> None:
         if self._handle.value:
