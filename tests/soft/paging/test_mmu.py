@@ -153,8 +153,9 @@ def test_misconfigured_tables(machine: Machine, level: int, bits: int) -> None:
 
 
 def test_dirty_bits_of_the_ept() -> None:
+    """The guest's own are set already."""
     with Machine("ept", large_pages=False, accessed_dirty=True) as machine:
-        for at, entry in ((0x1000, 0x2007), (0x2000, 0x3007), (0x3000, 0x4007), (0x4028, 0x9007)):
+        for at, entry in ((0x1000, 0x2007), (0x2000, 0x3007), (0x3000, 0x4007), (0x4028, 0x9067)):
             machine.memory.write_u64(at, entry)
         machine.cpu.load(LONG)
         assert violation(machine).qualification == 3 | LINEAR_VALID, "as a write: SDM §28.2.3.2"
@@ -195,6 +196,17 @@ def test_a_stale_entry_serves_until_it_is_flushed_and_never_refuses(machine: Mac
     assert translate(machine, WRITE).writable
 
 
+def test_a_walk_that_faults_drops_what_the_tlb_had(machine: Machine) -> None:
+    machine.memory.write_u64(0x4028, 0x9005)
+    machine.cpu.access(ADDRESS)
+    machine.memory.write_u64(0x4028, 0)
+    assert translate(machine).readable, "stale, as it may be"
+    with pytest.raises(PageFault):
+        translate(machine, WRITE)
+    with pytest.raises(PageFault):
+        translate(machine)
+
+
 def test_tags_keep_address_spaces_apart(machine: Machine) -> None:
     cpu = machine.cpu
     machine.cpu.access(ADDRESS)
@@ -218,6 +230,27 @@ def test_global_pages_stay_when_cr3_is_loaded(machine: Machine) -> None:
     machine.mmu.flush(machine.cpu.controls, keep_global=False)
     translate(machine)
     assert machine.mmu.statistics.walks == before + 1
+
+
+def test_without_pge_no_page_is_global(machine: Machine) -> None:
+    machine.cpu.load(Registers(LONG.cr0, LONG.cr3, CR4_PAE, LONG.efer))
+    machine.memory.write_u64(0x4028, 0x9107)
+    machine.cpu.access(ADDRESS)
+    before = machine.mmu.statistics.walks
+    machine.mmu.flush(machine.cpu.controls, keep_global=True)
+    translate(machine)
+    assert machine.mmu.statistics.walks == before + 1
+
+
+def test_in_one_dimension_too_a_page_is_not_writable_until_it_is_dirty() -> None:
+    with Machine("shadow") as machine:
+        for at, entry in ((0x1000, 0x2007), (0x2000, 0x3007), (0x3000, 0x4007), (0x4028, 0x9067)):
+            machine.memory.write_u64(at, entry)
+        machine.cpu.load(LONG)
+        machine.cpu.access(ADDRESS)
+        assert not translate(machine).writable
+        assert translate(machine, WRITE).writable
+        assert translate(machine).writable
 
 
 def test_paging_off_under_ept_is_the_identity(machine: Machine) -> None:

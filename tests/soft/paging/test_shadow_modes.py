@@ -118,6 +118,36 @@ def test_a_large_page_that_covers_its_own_tables(machine: Machine) -> None:
     assert cpu.access(0x1_2000).gpa == 0x21_2000
 
 
+def test_pages_are_large_again_once_the_tables_are_gone() -> None:
+    with Machine("shadow") as machine:
+        for at, content in (
+            (0x1000, 0x2007),
+            (0x2000, 0x3007),
+            (0x3000, 0x20_00E7),
+            (0x3008, 0x20_4007),
+        ):
+            machine.memory.write_u64(at, content)
+        machine.memory.write_u64(0x20_4000, 0x8067)
+        cpu = machine.cpu
+        cpu.load(LONG)
+        cpu.access(0x20_0000)
+        cpu.access(0x1000, WRITE)
+        assert len(shadow_of(machine).tables.tables) == 4
+        before = statistics(machine).fills
+        cpu.access(0x5000, WRITE)
+        assert statistics(machine).fills == before + 1, "in pieces: the other table lies there"
+        machine.memory.write_u64(0x3008, 0)
+        assert cpu.paging is not None
+        cpu.paging.wrote(0x3008, 8)
+        cpu.invlpg(0x5000)
+        machine.memory.write_u64(0x3000, 0x20_00E7 | 1 << 9)
+        cpu.paging.wrote(0x3000, 8)
+        before = statistics(machine).fills
+        for page in (5, 6, 7):
+            cpu.access(page << 12, WRITE)
+        assert statistics(machine).fills == before + 1
+
+
 def test_a_32_bit_guest_runs_on_pae_tables() -> None:
     with Machine("shadow") as machine:
         machine.memory.write_u32(0x1000, 0x2007)
@@ -229,6 +259,22 @@ def test_a_page_that_is_written_and_never_walked_is_no_table_any_more(machine: M
         cpu.load(LONG)
     assert faults == [1, 1, 1, 1, 0, 0]
     assert 0xD not in shadow_of(machine).tables.tables
+
+
+def test_a_table_that_is_written_and_walked_by_turns_stays_one(machine: Machine) -> None:
+    cpu = machine.cpu
+    machine.memory.write_u64(0x3008, 0xD007)
+    for page in range(1, 12):
+        machine.memory.write_u64(0xD000 + 8 * page, 0x8067)
+    cpu.access(0x20_1000)
+    for page in range(2, 12):
+        cpu.access(0xD100, WRITE)
+        cpu.access(0x20_0000 + (page << 12))
+        cpu.load(LONG)
+    before = statistics(machine).page_faults
+    for page in range(1, 12):
+        cpu.access(0x20_0000 + (page << 12))
+    assert statistics(machine).page_faults == before, "nothing of it was thrown away"
 
 
 def test_an_emulated_write_to_a_table_is_synced_at_once(machine: Machine) -> None:
