@@ -141,8 +141,8 @@ def test_invlpg_drops_what_upper_levels_said(machine: Machine) -> None:
     machine.memory.write_u64(0x3000, 0x5007)
     assert cpu.access(0x8000).gpa == 0x8000
     cpu.invlpg(0x7000_0000)
-    assert cpu.access(0x9000).gpa == 0xC000
     assert cpu.access(0x8000).gpa == 0xB000
+    assert cpu.access(0x9000).gpa == 0xC000
 
 
 def test_a_table_that_is_exchanged_and_put_back(machine: Machine) -> None:
