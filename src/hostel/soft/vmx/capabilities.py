@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from hostel.soft.paging.walk import PHYSICAL_BITS
 from hostel.soft.silicon import Pin, Primary, Secondary
 from hostel.soft.vmx.fields import Field
 
@@ -17,8 +18,6 @@ REVISION = 0x68_6F73
 NO_VMCS = (1 << 64) - 1
 """The current-VMCS pointer and the VMCS link pointer, when there is none."""
 
-PHYSICAL_BITS = 40
-"""MAXPHYADDR."""
 LINEAR_BITS = 48
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from struct import Struct
 
+from hostel.soft.paging.walk import PHYSICAL_BITS
 from hostel.soft.physical import PhysicalMemory
 from hostel.soft.silicon import EventType, Pin, Secondary
 from hostel.soft.state import (
@@ -39,7 +40,6 @@ from hostel.soft.vmx.capabilities import (
     EFER_KNOWN,
     LINEAR_BITS,
     NO_VMCS,
-    PHYSICAL_BITS,
     REVISION,
     EntryControl,
     canonical,
