@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -163,3 +166,20 @@ def test_two_processors(way: Soft) -> None:
         finally:
             monitor.stop()
     assert monitor.console.history().decode() == mini.guest("ipi").console
+
+
+def test_nothing_is_left_behind(way: Soft) -> None:
+    def left() -> tuple[int, int, int]:
+        mapped = Path("/proc/self/maps").read_text().count("hostel-guest-memory")
+        return len(os.listdir("/proc/self/fd")), threading.active_count(), mapped
+
+    def once() -> None:
+        with soft(say("x") + POWEROFF, way) as monitor:
+            assert ending(monitor) == Ending("poweroff")
+        gc.collect()
+
+    once()
+    before = left()
+    for _ in range(3):
+        once()
+    assert left() == before
