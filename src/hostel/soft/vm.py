@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 SLICE = 200_000
 """Guest instructions in one turn: some hundred microseconds."""
+ALONE = 50 * SLICE
+"""The same of a machine's only vCPU. Whoever wants something done interrupts it at once."""
 TSC_KHZ = 1_000_000
 """A guest instruction is a tick of the TSC and a nanosecond."""
 HOST_VECTOR = 0xF0
@@ -306,7 +308,7 @@ class Vcpu:
     def _slice(self) -> Exit | None:
         self._runs = True
         try:
-            return self._soft.run(self._vm.pcpu, SLICE)
+            return self._soft.run(self._vm.pcpu, SLICE if len(self._vm.vcpus) > 1 else ALONE)
         finally:
             self._runs = False
 

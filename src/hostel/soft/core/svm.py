@@ -16,10 +16,12 @@ that CR3 points at in host-physical memory.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
 
 from hostel.errors import MemoryFault
+from hostel.soft.paging.nested import FINAL, EptWalker
 from hostel.soft.paging.walk import asked
 from hostel.soft.physical import PAGE, PhysicalMemory, Span
 from hostel.soft.silicon import (
@@ -48,7 +50,7 @@ from . import vmcb
 from .npt import NestedTables
 from .svm_decode import Fetcher
 from .svm_env import Environment, translation_key
-from .svm_exit import GP, UD, Exit
+from .svm_exit import GP, UD, Exit, on_top
 from .svm_exits import HANDLERS
 from .svm_host import REQUEST_EVENT, REQUEST_WINDOW, Processor, address_of
 from .svm_memory import GuestView
@@ -71,7 +73,7 @@ _WITHOUT_INSTRUCTION = {
     vmcb.SHUTDOWN: Reason.TRIPLE_FAULT,
     vmcb.VINTR: Reason.INTERRUPT_WINDOW,
 }
-_CONTRIBUTORY = frozenset((0, 10, 11, 12, 13))
+_NOTHING: tuple[int, Access] = (0, Access.READ)
 
 
 class SvmCore:
@@ -104,6 +106,7 @@ class SvmCore:
         self._controls = Controls()
         self._kicked = threading.Event()
         self._injected: Event | None = None
+        self._missing = _NOTHING
         self._events = self._start = 0
 
     # --- The contract ---
@@ -112,7 +115,6 @@ class SvmCore:
         self._state, self._controls = state, controls
         self._block.budget = self._start = controls.timer if controls.pin & _TIMER else _FOREVER
         before = self._block.events
-        self._processor.grow_tlb()
         self._switch_machine(controls)
         try:
             return self._until_exit(event)
@@ -213,6 +215,8 @@ class SvmCore:
             if key[-1] != (self._key[-1] if self._key else 0):
                 self._nested.clear()
             self._processor.flush()
+        if self._missing is not _NOTHING and nested:
+            self._fill_missing()
         self._environment.load(state, bool(nested))
         self._vmcb.write(controls, state, nested)
         self._block.address = 0
@@ -359,19 +363,7 @@ class SvmCore:
         return None
 
     def _on_top(self, first: Event | None, second: Event) -> tuple[VmExit | None, Event | None]:
-        """An exception for the guest, maybe while another was being delivered (SDM vol. 3A table 6-5)."""
-        if first is None or first.type is not EventType.HARDWARE_EXCEPTION:
-            return None, second
-        if first.vector == 8:
-            return VmExit(Reason.TRIPLE_FAULT), None
-        contributory = second.vector in _CONTRIBUTORY
-        twice = first.vector in _CONTRIBUTORY and contributory
-        if twice or (first.vector == 14 and (contributory or second.vector == 14)):
-            double = Event(8, EventType.HARDWARE_EXCEPTION, 0)
-            if self._controls.exception_bitmap >> 8 & 1:
-                return VmExit(Reason.EXCEPTION_NMI, interruption=double), None
-            return None, double
-        return None, second
+        return on_top(first, second, self._controls.exception_bitmap)
 
     def _vectoring(self) -> Event | None:
         """The event in whose delivery the exit came (IDT-vectoring information)."""
@@ -412,12 +404,23 @@ class SvmCore:
             self._state.cr2 = fault.address
             return self._on_top(vectoring, Event(14, EventType.HARDWARE_EXCEPTION, fault.code))
         except EptFault as fault:
+            self._missing = gpa, ask.access
             return _ept_exit(fault), None
         except MemoryFault:
             reason = Reason.EPT_MISCONFIGURATION
             return VmExit(reason, linear=block.address, physical=gpa), None
         self._nested.fill(gpa, page)
         return None, None
+
+    def _fill_missing(self) -> None:
+        """What the last EPT violation was about has been mended, most likely: no second nested page fault."""
+        (gpa, access), self._missing = self._missing, _NOTHING
+        walker = EptWalker(self._physical, self._controls.ept_pointer, 0)
+        if not walker.marks:
+            with contextlib.suppress(EptFault, MemoryFault):
+                page = walker.translate(gpa, access, FINAL)
+                self._physical.view(page.address & -PAGE, PAGE)
+                self._nested.fill(gpa, page)
 
     def _read(self, linear: int, size: int) -> bytes:
         return GuestView(self._physical, self._state, self._controls, linear).read(size)

@@ -43,7 +43,8 @@ _CPU_NEXT_FLAGS, _CPU_REQUEST, _CPU_ENV, _CPU_FILL, _CPU_EXEC_INTERRUPT = (
     0xA758,
     0xA7A0,
 )
-_CPU_TLB, _FEW_FILLS, _MOST_ENTRIES = 0x8A10, 2048, 1 << 14
+_PATIENCE = 2048
+"""TLB misses until the first flush that lets QEMU's TLB grow: eight times its size."""
 _ENV_UC, _ENV_FEATURES = 0x1B58, 0x1600
 _WITHOUT = ((1, 1 << 30 | 3 << 26), (2, 1 << 18))
 """Features that are taken away: RDRAND and RDSEED are not deterministic; XSAVE would run unasked."""
@@ -98,6 +99,7 @@ class Block(ctypes.Structure):
         ("code_pages", ctypes.c_uint64),
         ("no_execute", ctypes.c_uint64),
         ("flush", ctypes.c_uint64),
+        ("patience", ctypes.c_uint64),
     )
 
 
@@ -117,7 +119,6 @@ class Processor:
         self.no_execute = mmap.mmap(-1, _PAGES // 8)
         """A bit for each page of host-physical memory that the guest may not execute."""
         self.block = Block.from_address(self._base + 4096)
-        self._fills = 0
         self._started = self._lib.uc_emu_start
         self._started.argtypes = (
             ctypes.c_void_p,
@@ -148,6 +149,7 @@ class Processor:
         block.vmexit = _address(lib, "cpu_vmexit")
         block.emu_stop = ctypes.cast(lib.uc_emu_stop, ctypes.c_void_p).value or 0
         block.code_pages, block.no_execute = map(address_of, (self._code_pages, self.no_execute))
+        block.patience = _PATIENCE
         block.flush = _address(lib, "tlb_flush")
         block.tlb_fill, block.exec_interrupt = fill.value, execute.value
         fill.value, execute.value = self._base + ENTRY["fill"], self._base + ENTRY["inject"]
@@ -207,17 +209,8 @@ class Processor:
         """The next block to run is cut to this many."""
         self._next_flags.value = min(instructions, COUNT_MASK)
 
-    def grow_tlb(self) -> None:
-        """QEMU makes its TLB larger only as it flushes it. So many misses since: it is too small."""
-        if self.block.fills - self._fills < _FEW_FILLS:
-            return
-        entries = (_u64(self.cpu + _CPU_TLB + 16 * self.block.index).value >> 6) + 1
-        if self.block.fills - self._fills > 8 * entries and entries < _MOST_ENTRIES:
-            self.flush()
-
     def flush(self, address: int | None = None) -> None:
         if address is None:
-            self._fills = self.block.fills
             self._flush(self.cpu)
         else:
             self._flush_page(self.cpu, address)

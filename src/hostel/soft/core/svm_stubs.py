@@ -37,6 +37,7 @@ SOURCE = """\
 .set CODE_PAGES,152
 .set NO_EXECUTE,160
 .set FLUSH,168
+.set PATIENCE,176
 .set shared, start+0x1000
 start:
 # UC_HOOK_INTR(uc, index, _): what has not run of the block is given back, then exception or exit
@@ -137,7 +138,7 @@ sysenter:
 # tlb_fill(cpu, address, size, access, index, probe, from): the walk is QEMU's. Which linear address it was,
 # #VMEXIT(NPF) does not say. A page is executable in the TLB only once code was fetched from it, for QEMU
 # suspects each write to an executable page of changing code; then all is flushed, so that no other entry
-# writes there unseen.
+# writes there unseen. And the TLB is flushed after many misses for its size: only then QEMU doubles it.
 fill:
  push rbx
  push rbp
@@ -156,7 +157,22 @@ fill:
  cmp ecx,2
  jne 1f
  mov qword ptr [rbx+TB],0
-1: mov rdi,[rbx+CPU]
+1: dec qword ptr [rbx+PATIENCE]
+ jnz 7f
+ mov rdi,[rbx+CPU]
+ call [rbx+FLUSH]
+ mov rdx,r13
+ shl rdx,4
+ add rdx,[rbx+CPU]
+ mov rax,[rdx+0x8a10]
+ shr rax,6
+ inc rax
+ shl rax,3
+ cmp rax,0x20000
+ jb 6f
+ shl rax,30
+6: mov [rbx+PATIENCE],rax
+7: mov rdi,[rbx+CPU]
  mov rsi,rbp
  xor edx,edx
  mov ecx,r12d
@@ -245,7 +261,7 @@ ENTRY = {
     "syscall": 304,
     "sysenter": 320,
     "fill": 352,
-    "inject": 608,
+    "inject": 672,
 }
 
 CODE = bytes.fromhex(
@@ -257,11 +273,13 @@ CODE = bytes.fromhex(
     "75054c894830c34801481848c7403000000000c7401401000000ff60780f1f00488d05e90e000089704889504cbe7b00"
     "0000eb2866662e0f1f84000000000090488d05c90e0000bef0040000eb0e6690488d05b90e0000bef1040000488b7850"
     "31d231c9ff6070660f1f8400000000005355415441554156488d1d910e000048897308894b104489839000000048ff43"
-    "204889f54189cc4589c54589ce83f902750848c7433000000000488b7b584889ee31d24489e14589e84589f14883ec08"
-    "ff742438ff93800000004883c41084c074704c89ea48c1e204480353584889e848c1e80c48c1e006482382108a000048"
-    "0382188a0000488b481848c1e90c4c8b83980000004183fc027410490fa308722c48c74010ffffffffeb224c8b8ba000"
-    "0000490fa3097223490fab08720f488b7b58ff93a8000000e96dffffffb801000000415e415d415c5d5bc348c74010ff"
-    "ffffff488b7b50be00040000ba15000000488b4c2430ff53700f1f800000000053488d1d980d000048c7433000000000"
-    "8b433c85c07446c7433c0000000083671cfd48ff432883f8017511488b7b508b7340ba01000000ff5368eb0c8b4b4089"
-    "8fa0810000ff5360488b4350c7800c15000000000000b8010000005bc34889d85bffa088000000"
+    "204889f54189cc4589c54589ce83f902750848c743300000000048ff8bb0000000753a488b7b58ff93a80000004c89ea"
+    "48c1e20448035358488b82108a000048c1e80648ffc048c1e003483d00000200720448c1e01e488983b0000000488b7b"
+    "584889ee31d24489e14589e84589f14883ec08ff742438ff93800000004883c41084c074704c89ea48c1e20448035358"
+    "4889e848c1e80c48c1e006482382108a0000480382188a0000488b481848c1e90c4c8b83980000004183fc027410490f"
+    "a308722c48c74010ffffffffeb224c8b8ba0000000490fa3097223490fab08720f488b7b58ff93a8000000e92affffff"
+    "b801000000415e415d415c5d5bc348c74010ffffffff488b7b50be00040000ba15000000488b4c2430ff53700f1f4000"
+    "53488d1d580d000048c74330000000008b433c85c07446c7433c0000000083671cfd48ff432883f8017511488b7b508b"
+    "7340ba01000000ff5368eb0c8b4b40898fa0810000ff5360488b4350c7800c15000000000000b8010000005bc34889d8"
+    "5bffa088000000"
 )
