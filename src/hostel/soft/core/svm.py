@@ -205,6 +205,8 @@ class SvmCore:
     def _interrupted(self) -> VmExit:
         self._kicked.clear()
         self._block.kick = 0
+        if self._kicked.is_set():  # another came between the two
+            self._block.kick = 1
         return VmExit(Reason.EXTERNAL_INTERRUPT)
 
     def _load(self, event: Event | None) -> None:
@@ -264,7 +266,7 @@ class SvmCore:
 
     def _stopped(self) -> VmExit | None:
         """By the block stub: kicked, or out of budget before a whole block."""
-        if self._kicked.is_set():
+        if self._block.kick:
             if self._controls.pin & _EXTERNAL:
                 return self._interrupted()
             self._block.kick = 0
