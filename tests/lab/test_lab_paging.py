@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from hostel import lab
+from hostel.cli.entry import command_line
 from hostel.errors import UserError
 from hostel.lab.paging import Cost, _conclusions
 
@@ -66,6 +69,14 @@ def test_the_walk_is_drawn(report: lab.Report) -> None:
     assert nested.lines[0].startswith("GVA ")
     assert sum("read through the EPT" in line for line in nested.lines) == 4
     assert "HPA" in nested.lines[-1]
+
+
+def test_a_workload_named_twice_runs_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """And an option may come behind the names."""
+    assert command_line(["lab", "paging", "syscall", "syscall", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    ways = [row[1] for row in report["tables"][0]["rows"]]
+    assert len(ways) == len(set(ways)) >= 2
 
 
 def test_an_unknown_workload() -> None:

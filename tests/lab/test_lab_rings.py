@@ -15,3 +15,6 @@ def test_what_leaves_the_guest() -> None:
     assert switches[0] == 0
     assert isinstance(switches[1], float)
     assert switches[1] >= 1
+    assert report.conclusions[2].startswith(
+        "Of 18 things that a ring 3 program tried 17 were exceptions, taken by its own kernel; 0 of them"
+    )

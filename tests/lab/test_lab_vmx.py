@@ -18,11 +18,13 @@ def test_the_flow_from_vmxon_to_vmxoff() -> None:
 
 
 def test_as_many_exits_as_entries() -> None:
-    tables = {table.title: table for table in lab.run("vmx").tables}
+    report = lab.run("vmx")
+    tables = {table.title: table for table in report.tables}
     exits = sum(int(row[2] or 0) for row in tables["VM exits"].rows)
     instructions = {row[0]: row[1] for row in tables["VMX instructions of the hypervisor"].rows}
     assert instructions["VMLAUNCH"] == 1
     assert exits == 1 + int(instructions["VMRESUME"] or 0)
+    assert f"{exits} exits" in report.conclusions[0]
 
 
 def test_wrong_use_has_the_manuals_answers() -> None:

@@ -61,6 +61,9 @@ def _command(name: str, summary: str) -> click.Command:
         _show(lab.run(name, arguments), as_json, steps)
         return 0
 
+    one.allow_interspersed_args = (
+        True  # its arguments are names: no command of a guest's begins there
+    )
     return one
 
 

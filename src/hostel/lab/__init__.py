@@ -66,9 +66,13 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def run(name: str, arguments: Sequence[str] = ()) -> Report:
-    """Run a lab. ``UserError`` for a name or an argument that it does not know."""
+    """Run a lab. ``UserError`` for a name or an argument that it does not know, ``MissingTool`` without the
+    extra ``soft``."""
+    from hostel.soft.extra import unicorn_version
+
     if name not in LABS:
         raise UserError(f"no lab {name!r}", cure=f"there are {', '.join(LABS)}")
+    unicorn_version()
     report: Report = import_module(f".{name}", __package__).run(arguments)
     return report
 

@@ -184,7 +184,8 @@ def run(arguments: Sequence[str] = ()) -> Report:
     if (real := _on_kvm()) is not None:
         counts.append(real)
     same = len({count.device for count in counts}) == 1
-    each = (third.switches or 0) / third.exits
+    each, exits = (third.switches or 0) / third.exits, first.exits
+    one_cost = exits == second.exits == third.exits
     return Report(
         lab="models",
         question=QUESTION,
@@ -203,12 +204,13 @@ def run(arguments: Sequence[str] = ()) -> Report:
                 tuple(count.row for count in counts),
                 note="Of this host's KVM, where there is one, all VM exits are counted, the kernel's own "
                 "too; of the others those for the device. Domain switches are the service process's own, as "
-                "this host's kernel counts them.",
+                "this host's kernel counts them: they differ from run to run.",
             ),
         ),
         conclusions=(
             f"The device got {'the same' if same else 'not the same'} {len(first.device)} bytes each time.",
-            "The exit is the same in all three; what is added is where the driver is: nothing, a way to a "
+            f"{exits} VM exits in {'all three' if one_cost else 'the first'}; what is added is where the "
+            "driver is: nothing, a way to a "
             f"process and a system call, or another domain that must be switched to ({each:.1f} times a "
             "word here, a real process).",
             "That is why paravirtual devices put many requests into one exit, and vhost moves the device "

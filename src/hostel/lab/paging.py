@@ -145,7 +145,7 @@ def _chosen(arguments: Sequence[str]) -> list[Workload]:
     for name in arguments:
         if name not in _NAMES:
             raise UserError(f"no workload {name!r}", cure=f"there are {', '.join(_NAMES)}")
-    return [_NAMES[name] for name in arguments] or list(WORKLOADS)
+    return [_NAMES[name] for name in dict.fromkeys(arguments)] or list(WORKLOADS)
 
 
 def run(arguments: Sequence[str] = ()) -> Report:

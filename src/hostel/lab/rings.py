@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from hostel.soft.hypervisor.machine import Paging
+from hostel.soft.silicon import Reason
 
 from . import Drawing, Report, Step, Table, none_of
 from .stage import Stage
@@ -73,14 +74,12 @@ def _each(deed: Deed, paging: Paging) -> tuple[float, str]:
     return sum(more.values()) / times, ", ".join(reasons)
 
 
-def _rings() -> tuple[tuple[Step, ...], str]:
-    """What ring 3 may not do, in the guest's own words."""
+def _rings() -> tuple[list[str], Counter[Reason]]:
+    """What ring 3 may not do, in the guest's own words; and the exits of all of it."""
     with Stage() as stage:
         actor = stage.actor("rings")
         actor.play()
-        exits = sum(actor.vcpus[0].exits.values())
-    steps = tuple(Step("guest", line) for line in actor.words.splitlines())
-    return steps, f"{exits} VM exits in all, those for its words on the console included"
+        return actor.words.splitlines(), Counter(actor.vcpus[0].exits)
 
 
 def run(arguments: Sequence[str] = ()) -> Report:
@@ -90,13 +89,21 @@ def run(arguments: Sequence[str] = ()) -> Report:
         ept, why = _each(deed, "ept")
         shadow, shadow_why = _each(deed, "shadow")
         rows.append((deed.what, ept, why or "–", shadow, shadow_why or "–"))
-    steps, note = _rings()
+    words, exits = _rings()
+    faults = sum(" error " in line for line in words)
     free = [row[0].partition(":")[0] for row in rows if row[1] < 0.05]
     dear = [row[0].partition("(")[0].strip() for row in rows if row[3] - row[1] > 0.5]
     return Report(
         lab="rings",
         question=QUESTION,
-        steps=(Step("—", f"ring 3 tries what only ring 0 may; {note}"), *steps),
+        steps=(
+            Step(
+                "—",
+                f"ring 3 tries what only ring 0 may; {exits.total()} VM exits in all, those for its words "
+                "on the console included",
+            ),
+            *(Step("guest", line) for line in words),
+        ),
         drawings=(Drawing("Four places", tuple(_DRAWING.splitlines())),),
         tables=(
             Table(
@@ -109,8 +116,9 @@ def run(arguments: Sequence[str] = ()) -> Report:
             f"Without any exit under EPT: {'; '.join(free)}.",
             f"Dearer with shadow paging: {'; '.join(dear)}. The hypervisor must see each change of the "
             "guest's tables; with nested paging the processor walks them itself.",
-            "A ring 3 program that tries a privileged instruction faults into its own kernel: rings still "
-            "separate inside the guest, modes separate the guest from the hypervisor.",
+            f"Of {len(words)} things that a ring 3 program tried {faults} were exceptions, taken by its own "
+            f"kernel; {exits[Reason.EXCEPTION_NMI]} of them left the guest. Rings separate inside the guest, "
+            "modes separate the guest from the hypervisor.",
         ),
         page="docs/rings.md",
     )

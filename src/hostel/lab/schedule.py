@@ -158,8 +158,8 @@ def run(arguments: Sequence[str] = ()) -> Report:
             f"{migrations} migrations; each is VMCLEAR on the old pCPU, then VMPTRLD and VMLAUNCH on the "
             "new one. The VMCS is in memory in between, and on one pCPU at a time.",
             f"Machines that leave what they leave alone: {', '.join(same)} of "
-            f"{', '.join(part.mark for part in PARTS)}. Each of the {len(vpids)} vCPUs has a VPID of its "
-            "own, so that no translation of another is ever taken for its.",
+            f"{', '.join(part.mark for part in PARTS)}. {len(statistics)} vCPUs have {len(vpids)} VPIDs: of "
+            "two that differ, no translation of one is ever taken for the other's.",
             "T moves a thread from one vCPU to the other by an interrupt that it sends itself. To the "
             "hypervisor both vCPUs are only things to run: any thread of the guest may be on either, on "
             "whichever pCPU.",

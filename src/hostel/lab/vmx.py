@@ -237,8 +237,8 @@ def run(arguments: Sequence[str] = ()) -> Report:
             Table("Wrong use", ("what", "the processor's answer", "SDM vol. 3C"), tuple(_wrong_use())),
         ),
         conclusions=(
-            f"{entries} VM entries, one VMLAUNCH and {entries - 1} VMRESUME, and as many exits: between "
-            "them the guest had the processor for itself.",
+            f"{entries} VM entries ({instructions['VMLAUNCH']} VMLAUNCH, {instructions['VMRESUME']} "
+            f"VMRESUME) and {exits.total()} exits: between them the guest had the processor for itself.",
             f"{root} VMX instructions in root mode for them: a VM exit costs what is done about it.",
         ),
         page="docs/vmx.md",

@@ -304,7 +304,7 @@ class SoftVcpu:
         self.instructions += pcpu.core.statistics.instructions - before
         self.exits[exit.reason] += 1
         self.event = exit.vectoring
-        """Its delivery was broken off: it comes again (SDM vol. 3C §31.7.1.3), unless a fault replaces it."""
+        """Its delivery was broken off: it comes again (SDM vol. 3C §31.7.1.2), unless a fault replaces it."""
         return exits.dispatch(self, exit)
 
     def _flush(self, pcpu: PhysicalCpu) -> None:

@@ -1,4 +1,4 @@
-# CPUID: an exit in VMX operation, always (SDM vol. 3C §26.1.2). What is said holds on every x86-64 host.
+# CPUID: an exit in VMX operation, always (SDM vol. 3C §25.1.2). What is said holds on every x86-64 host.
 .include "long.inc"
 
 main:

@@ -1,4 +1,4 @@
-# A trap after each instruction while RFLAGS.TF is 1 (SDM vol. 3B §18.3.1.4).
+# A trap after each instruction while RFLAGS.TF is 1 (SDM vol. 3B §17.3.1.4).
 .include "long.inc"
 
 main:

@@ -1,4 +1,4 @@
-# A fault without an IDT: a double fault without one, and the processor shuts down (SDM vol. 3A §7.15).
+# A fault without an IDT: a double fault without one, and the processor shuts down (SDM vol. 3A §6.15).
 .include "long.inc"
 
 main:

@@ -140,7 +140,7 @@ class PagingMmu:
 
 
 def _tag(controls: Controls) -> tuple[int, int]:
-    """Without the control "enable VPID" all is VPID 0, and VM entries and exits flush that (§28.3.3.2)."""
+    """Without the control "enable VPID" all is VPID 0, and VM entries and exits flush that (§28.3.3.1)."""
     vpid = controls.vpid if controls.secondary & Secondary.VPID else 0
     root = controls.ept_pointer & ADDRESS if controls.secondary & Secondary.EPT else 0
     return vpid, root
