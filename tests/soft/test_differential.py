@@ -37,7 +37,6 @@ SEGMENTS = "unicorn checks no segment's limit or type, and no reserved bits of P
 NOT_ON_SOFT = {
     ("segments", "translate"): SEGMENTS,
     ("segments", "intercept"): SEGMENTS,
-    ("double", "intercept"): "unicorn leaves EXT out of error codes",
 }
 """Known, and strict: what begins to work must leave this list."""
 

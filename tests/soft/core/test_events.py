@@ -6,7 +6,8 @@ import struct
 
 import pytest
 
-from hostel.soft.core.events import DF, GP, NP, PF, SS, TS, Fault, TaskGate, combine, deliver
+from hostel.soft.core.events import Fault, TaskGate, deliver
+from hostel.soft.exceptions import DF, GP, NP, PF, SS, TS
 from hostel.soft.silicon import Event, EventType, PageFault
 from hostel.soft.state import (
     CR0_PE,
@@ -258,21 +259,3 @@ def test_in_real_mode_three_words_and_the_table_at_0() -> None:
     assert ram.read(0x2000, 2) == 2 | RFLAGS_IF
     assert ram.frame(0x2000 + 0xFFFC, 2, 2) == [0x125, 0x100]
     assert not state.rflags & RFLAGS_IF
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "becomes"),
-    [
-        (GP, GP, DF), (GP, PF, PF), (PF, GP, DF), (PF, PF, DF), (TS, NP, DF),
-        (6, GP, GP), (1, GP, GP), (DF, GP, None),
-    ],
-)  # fmt: skip
-def test_what_becomes_of_two_exceptions(first: int, second: int, becomes: int | None) -> None:
-    found = combine(Event(first, EXCEPTION, 0), Fault(second, 0))
-    assert (found.vector if found else None) == becomes
-
-
-def test_after_an_interrupt_the_second_stands_alone() -> None:
-    found = combine(Event(0x80, EventType.EXTERNAL), Fault(GP, 0x403))
-    assert found is not None
-    assert (found.vector, found.error) == (GP, 0x403)

@@ -50,8 +50,9 @@ from hostel.soft.state import (
 BEYOND = {
     "segments": "limits and types of 32-bit segments are not checked",
     "fpu": "MXCSR does not collect exceptions",
+    **dict.fromkeys(("mmio", "dma"), "an instruction on a device is the hypervisor's to carry out"),
 }
-"""What the translator under the core leaves out."""
+"""What the translator under the core leaves out, and what is not a core's."""
 ALONE = [name for name in mini.names() if not mini.guest(name).irqchip and name not in BEYOND]
 
 
@@ -129,17 +130,7 @@ class Carrier:
         verdict = self.vcpu.on_ept_violation(
             self.state, exit.physical, exit.qualification, exit.linear
         )
-        if verdict.do is Do.RETRY:
-            return ""
-        pages = {exit.linear & ~0xFFF: exit.physical & ~0xFFF}
-        found = self.core.step_emulated(
-            self.state,
-            self.controls,
-            pages,
-            lambda _gpa, size: (1 << 8 * size) - 1,
-            lambda _gpa, _size, _value: None,
-        )
-        return self.answer(found) if found is not None else ""
+        return "" if verdict.do is Do.RETRY else f"{exit}"
 
     def port(self, exit: VmExit) -> str:
         size, port = (exit.qualification & 7) + 1, exit.qualification >> 16

@@ -83,12 +83,12 @@ def test_task_priority_holds_back_its_class() -> None:
     assert board.chip.take(0) == 0x4F
 
 
-def test_cr8_is_the_task_priority() -> None:
+def test_the_task_priority_is_one_for_processor_and_register() -> None:
     board = Board()
-    board.chip.lapics[0].cr8 = 9
+    board.chip.lapics[0].tpr = 0x90
     assert board.get(0, TPR) == 0x90
     board.set(0, TPR, 0x5F)
-    assert board.chip.lapics[0].cr8 == 5
+    assert board.chip.lapics[0].tpr == 0x5F
 
 
 def test_vectors_below_16_are_an_error() -> None:

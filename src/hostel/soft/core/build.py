@@ -31,15 +31,7 @@ CPU_NEXT_FLAGS, CPU_ENV_POINTER, CPU_BLOCKS, CPU_EXCEPTION, CPU_HANDLE, CPU_ENV 
     0x81A8,
     0x8A50,
 )
-TB_PC, TB_FLAGS, TB_SIZE, TB_COUNT, TB_CFLAGS, TB_CODE, TB_CODE_SIZE = (
-    0,
-    0x10,
-    0x14,
-    0x16,
-    0x18,
-    0x20,
-    0x28,
-)
+TB_PC, TB_FLAGS, TB_SIZE, TB_COUNT, TB_CFLAGS, TB_CODE = 0, 0x10, 0x14, 0x16, 0x18, 0x20
 TB_COUNT_MASK = 0x7FFF
 """The bits of ``cflags`` that cut a block to so many instructions; 0: as many as fit."""
 

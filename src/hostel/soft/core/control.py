@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hostel.soft.silicon import Primary, Reason, Secondary, VmExit
+from hostel.soft.exceptions import GP, UD
+from hostel.soft.silicon import Access, Primary, Reason, Secondary, VmExit
 from hostel.soft.state import (
     CR0_CD,
     CR0_ET,
@@ -51,7 +52,7 @@ from hostel.soft.state import (
     CpuState,
 )
 
-from .events import GP, UD, Fault
+from .events import Fault
 from .operands import (
     effective_address,
     is_memory,
@@ -213,8 +214,6 @@ def load_machine_status(core: TranslatingCore, instruction: Instruction) -> Resu
         if is_memory(instruction):
             rest |= 1 << 6
             offset = effective_address(state, instruction)
-            from hostel.soft.silicon import Access
-
             at = linear(state, instruction.memory_segment, offset, 2, Access.READ)
         return leave(Reason.CR_ACCESS, instruction, _LMSW << 4 | rest, linear=at)
     set_cr0(core, state.cr0 & ~0xE | source & 0xF)

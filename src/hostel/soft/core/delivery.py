@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hostel.soft.exceptions import DB, DF, PF, TripleFault, combine
 from hostel.soft.silicon import EptFault, Event, EventType, Reason, VmExit
 from hostel.soft.state import ACTIVE, BLOCKED_BY_MOV_SS, BLOCKED_BY_NMI, BLOCKED_BY_STI
 
-from .events import DB, PF, Fault, TaskGate, combine, deliver
+from .events import Fault, TaskGate, deliver
 
 if TYPE_CHECKING:
     from .translate import TranslatingCore
@@ -79,8 +80,9 @@ class Delivery:
                 # The bitmap first: what exits is the second exception, not yet a #DF made of both.
                 if exit := self._intercepted(second, event):
                     return exit
-                fault = combine(event, second)
-                if fault is None:
+                try:
+                    fault = _combined(event, second)
+                except TripleFault:
                     return VmExit(Reason.TRIPLE_FAULT)
                 if exit := self._intercepted(fault, event):
                     return exit
@@ -91,6 +93,11 @@ class Delivery:
         if event.type is EventType.NMI:
             state.interruptibility |= BLOCKED_BY_NMI
         return None
+
+
+def _combined(first: Event, second: Fault) -> Fault:
+    event = second.event
+    return second if combine(first, event) is event else Fault(DF, 0)
 
 
 def _exception_exit(fault: Fault, event: Event, vectoring: Event | None) -> VmExit:

@@ -50,7 +50,6 @@ _ALL = 7
 _RDRAND, _RDSEED = 1 << 30, 1 << 18
 EXCEPTION, ILLEGAL = 21, 10
 """What ``uc_emu_start`` returns: UC_ERR_EXCEPTION, UC_ERR_INSN_INVALID (which is #UD)."""
-HALT = 0x1_0001
 
 
 class _Entry(ctypes.Structure):
@@ -64,12 +63,6 @@ _FILL = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int,
     ctypes.POINTER(_Entry), ctypes.c_void_p,
 )  # fmt: skip
-_READ = ctypes.CFUNCTYPE(
-    ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_void_p
-)
-_WRITE = ctypes.CFUNCTYPE(
-    None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_uint64, ctypes.c_void_p
-)
 
 
 class Block:
@@ -261,38 +254,6 @@ class Engine:
             self._lib.uc_mem_map_ptr(self.handle, span.hpa, span.size, _ALL, span.hva),
             f"memory at {span.hpa:#x}",
         )
-
-    def map_io(
-        self,
-        hpa: int,
-        size: int,
-        read: Callable[[int, int], int],
-        write: Callable[[int, int, int], None],
-    ) -> None:
-        """No memory, but answers: ``read(offset, size)`` and ``write(offset, size, value)``."""
-
-        def on_read(_uc: int, offset: int, size: int, _data: int) -> int:
-            try:
-                return read(offset, size)
-            except BaseException as error:
-                self.error = error
-                return 0
-
-        def on_write(_uc: int, offset: int, size: int, value: int, _data: int) -> None:
-            try:
-                write(offset, size, value)
-            except BaseException as error:
-                self.error = error
-
-        functions = _READ(on_read), _WRITE(on_write)
-        self._keep.append(functions)
-        build.check(
-            self._lib.uc_mmio_map(
-                ctypes.c_void_p(self.handle), ctypes.c_uint64(hpa), ctypes.c_uint64(size),
-                functions[0], None, functions[1], None,
-            ),
-            "a window",
-        )  # fmt: skip
 
     def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
         """What this processor can do: EAX, EBX, ECX, EDX."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 from struct import Struct
 from typing import NamedTuple, Protocol
 
+from hostel.soft.exceptions import BP, DB, DF, GP, MC, NMI, NP, OF, PF, SS, TS
 from hostel.soft.silicon import Event, EventType, PageFault
 from hostel.soft.state import (
     CR0_PE,
@@ -33,11 +34,6 @@ from hostel.soft.state import (
     Segment,
 )
 
-DE, DB, NMI, BP, OF, BR, UD, NM, DF = range(9)
-TS, NP, SS, GP, PF = range(10, 15)
-MC = 18
-WITH_ERROR_CODE = frozenset((DF, TS, NP, SS, GP, PF, 17))
-_CONTRIBUTORY = frozenset((DE, TS, NP, SS, GP))
 _NOT_FAULTS = frozenset((DB, NMI, BP, OF, DF, MC))
 """All other exceptions push RF set, so that an instruction breakpoint does not fire twice (§17.3.1.1)."""
 _SOFTWARE = (
@@ -106,19 +102,6 @@ class _Gate(NamedTuple):
     def wide(self) -> bool:
         """Of 32 bits, not 16."""
         return bool(self.rights & 8)
-
-
-def combine(first: Event, second: Fault) -> Fault | None:
-    """What a fault during the delivery of ``first`` becomes: itself, #DF, or a shutdown (table 6-5)."""
-    if first.type is not EventType.HARDWARE_EXCEPTION:
-        return second
-    if first.vector == DF:
-        return None
-    both = first.vector in _CONTRIBUTORY and second.vector in _CONTRIBUTORY
-    after_page_fault = first.vector == PF and (
-        second.vector in _CONTRIBUTORY or second.vector == PF
-    )
-    return Fault(DF, 0) if both or after_page_fault else second
 
 
 def deliver(state: CpuState, memory: Memory, event: Event, return_rip: int) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from hostel.soft.exceptions import GP, UD
 from hostel.soft.silicon import Access, Primary, Reason, Secondary
 from hostel.soft.state import CR4_OSXSAVE
 
 from . import control, ports, transfers
-from .events import GP, UD, Fault
+from .events import Fault
 from .operands import effective_address, operand_address
 from .outcome import Outcome, Result, leave, need_ring0
 

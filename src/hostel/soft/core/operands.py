@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
+from hostel.soft.exceptions import GP, SS
 from hostel.soft.silicon import Access
 from hostel.soft.state import CR0_PE, CpuState, Segment
 
-from .events import GP, SS, Fault, Memory
+from .events import Fault, Memory
 
 if TYPE_CHECKING:
     from iced_x86 import Instruction

@@ -5,10 +5,11 @@ from __future__ import annotations
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from hostel.soft.exceptions import GP
 from hostel.soft.silicon import Reason, VmExit
 from hostel.soft.state import CpuState
 
-from .events import GP, Fault
+from .events import Fault
 
 if TYPE_CHECKING:
     from iced_x86 import Instruction

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from hostel.soft.exceptions import GP
 from hostel.soft.silicon import Primary, Reason
 from hostel.soft.state import CR0_PE, RCX, RDI, RDX, RFLAGS_DF, RFLAGS_IOPL, RSI, CpuState
 
-from .events import GP, Fault
+from .events import Fault
 from .operands import SIZES, register, segment, write_register
 from .outcome import Outcome, Result, leave
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from .translate import TranslatingCore
 
 _IMMEDIATE8 = 6
-_FIRST_STRING, _LAST_STRING = 15, 23
+_FIRST_STRING = 15
 _ES = 0
 
 

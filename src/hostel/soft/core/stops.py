@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hostel.errors import HostError
+from hostel.soft.exceptions import BP, DB, GP, OF, PF, SS, UD, WITH_ERROR_CODE
 from hostel.soft.physical import PAGE
 from hostel.soft.silicon import Access, EptFault, Event, EventType, PageFault, Reason, VmExit
 from hostel.soft.state import RSP
 
 from .engine import EXCEPTION, ILLEGAL
 from .env import EIP, HF_CS64, IS_INT
-from .events import BP, DB, GP, OF, PF, SS, UD, WITH_ERROR_CODE, Fault
+from .events import Fault
 from .translations import NotCanonical, Refusal
 from .view import INT3
 

@@ -21,6 +21,7 @@ import mmap
 import threading
 
 from hostel.errors import MemoryFault
+from hostel.soft.exceptions import GP, PF, UD, fault
 from hostel.soft.paging.nested import FINAL, EptWalker
 from hostel.soft.paging.walk import asked
 from hostel.soft.physical import PAGE, PhysicalMemory, Span
@@ -50,7 +51,7 @@ from . import vmcb
 from .npt import NestedTables
 from .svm_decode import Fetcher
 from .svm_env import Environment, translation_key
-from .svm_exit import GP, UD, Exit, on_top
+from .svm_exit import Exit, on_top
 from .svm_exits import HANDLERS
 from .svm_host import REQUEST_EVENT, REQUEST_WINDOW, Processor, address_of
 from .svm_memory import GuestView
@@ -288,11 +289,11 @@ class SvmCore:
         exit = self._exit(code, vectoring)
         try:
             return self._instruction(exit, vectoring)
-        except PageFault as fault:
-            self._state.cr2 = fault.address
-            return self._on_top(vectoring, Event(14, EventType.HARDWARE_EXCEPTION, fault.code))
-        except EptFault as fault:
-            return _ept_exit(fault), None
+        except PageFault as refused:
+            self._state.cr2 = refused.address
+            return self._on_top(vectoring, fault(PF, refused.code))
+        except EptFault as refused:
+            return _ept_exit(refused), None
 
     def _instruction(
         self, exit: Exit, vectoring: Event | None
@@ -350,7 +351,7 @@ class SvmCore:
             return HANDLERS[exit.code](exit, self._physical), None
         if exit.operand() & 0xFFFC:
             return self._step(exit.code)
-        return self._on_top(None, Event(GP, EventType.HARDWARE_EXCEPTION, 0))
+        return self._on_top(None, fault(GP))
 
     def _fast_call(self, exit: Exit) -> Event | None:
         state = self._state
@@ -359,9 +360,9 @@ class SvmCore:
             if exit.code == vmcb.SYSENTER:
                 sysenter(state)
             elif not syscall(state, exit.instruction.len):
-                return Event(UD, EventType.HARDWARE_EXCEPTION)
+                return fault(UD)
         except GeneralProtection:
-            return Event(GP, EventType.HARDWARE_EXCEPTION, 0)
+            return fault(GP)
         return None
 
     def _on_top(self, first: Event | None, second: Event) -> tuple[VmExit | None, Event | None]:
@@ -402,12 +403,12 @@ class SvmCore:
         view = GuestView(self._physical, self._state, self._controls, block.address)
         try:
             page = view.nested_page(gpa, ask, writes=bool(self._vmcb.exit_info_1 & 2))
-        except PageFault as fault:
-            self._state.cr2 = fault.address
-            return self._on_top(vectoring, Event(14, EventType.HARDWARE_EXCEPTION, fault.code))
-        except EptFault as fault:
+        except PageFault as refused:
+            self._state.cr2 = refused.address
+            return self._on_top(vectoring, fault(PF, refused.code))
+        except EptFault as refused:
             self._missing = gpa, ask.access
-            return _ept_exit(fault), None
+            return _ept_exit(refused), None
         except MemoryFault:
             reason = Reason.EPT_MISCONFIGURATION
             return VmExit(reason, linear=block.address, physical=gpa), None

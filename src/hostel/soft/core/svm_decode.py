@@ -14,7 +14,7 @@ from iced_x86 import Decoder, Instruction, Register, Register_, RegisterExt
 from hostel.soft.physical import PAGE
 from hostel.soft.state import CR4_SMAP, RFLAGS_AC, CpuState
 
-_TLB, _TLB_ENTRY = 0x8A10, 64
+_TLB = 0x8A10
 """In CPUState: for each MMU index, a mask of the table's size and the table (CPUTLBDescFast)."""
 _CODE, _ADDEND = 16, 32
 _LONGEST = 15

@@ -46,16 +46,7 @@ from hostel.soft.state import (
 from .svm_host import Processor
 
 _MAIN = Struct("<16Q 5Q I i I I" + "I 4x Q I I" * 10 + "9Q")
-_EFER, _FPU, _MSRS, _TSC_AUX, _XCR0, _MISC, _PAT, _DR = (
-    0x250,
-    0x258,
-    0x12C0,
-    0x1320,
-    0x1328,
-    0x1338,
-    0x14A0,
-    0x1518,
-)
+_EFER, _FPU, _MSRS, _TSC_AUX, _DR = 0x250, 0x258, 0x12C0, 0x1320, 0x1518
 _MSR_GROUP = Struct("<I 4x Q Q Q Q Q Q Q Q")
 _DEBUG = Struct("<8Q")
 _U64 = Struct("<Q")

@@ -7,14 +7,13 @@ from collections.abc import Callable
 import msgspec
 from iced_x86 import Instruction, OpKind
 
+from hostel.soft.exceptions import DF, TripleFault, combine
 from hostel.soft.physical import PhysicalMemory
 from hostel.soft.silicon import Controls, Event, EventType, Primary, Reason, VmExit
 from hostel.soft.state import CpuState
 
 from . import svm_decode as decode
 
-DB, UD, DF, SS, GP, PF = 1, 6, 8, 12, 13, 14
-_CONTRIBUTORY = frozenset((0, 10, 11, 12, 13))
 _U32 = 0xFFFF_FFFF
 
 
@@ -85,15 +84,10 @@ Handler = Callable[[Exit, PhysicalMemory], VmExit | None]
 def on_top(first: Event | None, second: Event, bitmap: int) -> tuple[VmExit | None, Event | None]:
     """An exception for the guest, maybe while another was being delivered (SDM vol. 3A table 6-5): the exit,
     or the event to inject. ``bitmap``: which exceptions exit."""
-    if first is None or first.type is not EventType.HARDWARE_EXCEPTION:
-        return None, second
-    if first.vector == DF:
+    try:
+        made = combine(first, second)
+    except TripleFault:
         return VmExit(Reason.TRIPLE_FAULT), None
-    contributory = second.vector in _CONTRIBUTORY
-    twice = first.vector in _CONTRIBUTORY and contributory
-    if not twice and not (first.vector == PF and (contributory or second.vector == PF)):
-        return None, second
-    double = Event(DF, EventType.HARDWARE_EXCEPTION, 0)
-    if bitmap >> DF & 1:
-        return VmExit(Reason.EXCEPTION_NMI, interruption=double), None
-    return None, double
+    if made is not second and bitmap >> DF & 1:
+        return VmExit(Reason.EXCEPTION_NMI, interruption=made), None
+    return None, made

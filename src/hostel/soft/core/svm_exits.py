@@ -2,20 +2,21 @@
 
 SVM's intercepts are coarser than VMX's controls. A handler here gets the guest's state as it was before
 the instruction and either says which ``VmExit`` it is, or carries the instruction out on the state and
-returns None: the core goes on. ``Outcome.inject`` holds an exception that the guest gets instead.
+returns None: the core goes on. ``Exit.inject`` holds an exception that the guest gets instead.
 """
 
 from __future__ import annotations
 
 from iced_x86 import Code, Mnemonic, OpKind, Register, RegisterExt
 
+from hostel.soft.exceptions import DB, GP, PF, SS, UD, WITH_ERROR_CODE
 from hostel.soft.physical import PhysicalMemory
 from hostel.soft.silicon import Controls, Event, EventType, Primary, Reason, Secondary, VmExit
 from hostel.soft.state import CR0_PE, CR4_OSXSAVE, RAX, RCX, RDX
 
 from . import svm_decode as decode
 from . import vmcb
-from .svm_exit import DB, GP, PF, SS, UD, Exit, Handler
+from .svm_exit import Exit, Handler
 from .svm_io import io
 from .svm_registers import (
     GeneralProtection,
@@ -243,7 +244,7 @@ def _exception(exit: Exit, _: PhysicalMemory) -> VmExit | None:
     vector, controls = exit.code - vmcb.EXCEPTION, exit.controls
     if vector == GP and _is_stack_fault(exit):
         vector = SS
-    error = _error_code(exit) if vector in (8, 10, 11, 12, 13, 14, 17) else None
+    error = _error_code(exit) if vector in WITH_ERROR_CODE else None
     event = Event(vector, EventType.HARDWARE_EXCEPTION, error)
     exits = bool(controls.exception_bitmap >> vector & 1)
     address = 0

@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 from iced_x86 import Instruction, Mnemonic, OpKind
 
+from hostel.soft.exceptions import GP
 from hostel.soft.physical import PhysicalMemory
 from hostel.soft.silicon import Controls, PageFault, Primary, Reason, VmExit
 from hostel.soft.state import CR0_PE, RAX, RDI, RFLAGS_IOPL, RFLAGS_VM, RSI, CpuState
 
 from . import svm_decode as decode
-from .svm_exit import GP, Exit
+from .svm_exit import Exit
 
 _U32 = 0xFFFF_FFFF
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hostel.soft.exceptions import GP, UD
 from hostel.soft.silicon import Access, Event, EventType, Primary, Reason, Secondary
 from hostel.soft.state import (
     BLOCKED_BY_NMI,
@@ -36,7 +37,7 @@ from hostel.soft.state import (
 )
 
 from .env import EFLAGS
-from .events import GP, UD, Fault, descriptor
+from .events import Fault, descriptor
 from .operands import is_memory, operand_address
 from .outcome import Outcome, Result, leave, need_ring0
 

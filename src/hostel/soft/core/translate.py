@@ -17,9 +17,10 @@ The INT3 of a block was placed for an instruction; a guest's own INT3 is one in 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from hostel.soft.exceptions import DB, PF
 from hostel.soft.physical import PAGE, PhysicalMemory
 from hostel.soft.silicon import (
     Access,
@@ -47,7 +48,7 @@ from hostel.soft.state import (
 from .delivery import SHADOWED, Delivery, ept_exit
 from .engine import FOREVER, FULL, TO_SCAN, Engine
 from .env import FPU, FPU_END, HF_INHIBIT
-from .events import DB, PF, Fault
+from .events import Fault
 from .instructions import STATELESS, Handlers
 from .linear import LinearMemory
 from .outcome import Outcome
@@ -55,7 +56,6 @@ from .scan import LONGEST, Scanner
 from .stops import Stops
 from .translations import Translations
 from .view import SplitView
-from .window import Reader, Window, Writer
 
 if TYPE_CHECKING:
     from iced_x86 import Instruction
@@ -83,7 +83,6 @@ class TranslatingCore:
         self.stops = Stops(self)
         self._synced = self._cut = False
         self._left = FOREVER
-        self.window = Window(self.engine)
         self._kick = threading.Event()
         for span in physical.spans:
             self.engine.map(span)
@@ -333,37 +332,3 @@ class TranslatingCore:
     def wrote(self, hpa: int, size: int) -> None:
         """Somebody else changed memory: blocks translated from it are dropped, in all cores on it."""
         self.translations.coherence.wrote(hpa, size)
-
-    def step_emulated(
-        self,
-        state: CpuState,
-        controls: Controls,
-        pages: Mapping[int, int],
-        reader: Reader,
-        writer: Writer,
-    ) -> VmExit | None:
-        """One instruction, of which accesses to ``pages`` (linear page: guest-physical page) are answered by
-        ``reader(gpa, size)`` and ``writer(gpa, size, value)``, in pieces of up to 4 bytes.
-
-        A repeated string instruction goes on to its end, or as long as it stays in these pages. What exits
-        or faults comes back as from ``enter``: say, the violation of a second page, to be added to ``pages``.
-        """
-        self._begin(state, controls)
-        self._left = FOREVER
-        self._resume()
-        with self.window.opened(pages, reader, writer):
-            exit = self._guarded(self._whole_instruction)
-        self.sync()
-        return exit
-
-    def _whole_instruction(self) -> VmExit | None:
-        before, start = self.statistics.instructions, self.engine.env.rip
-        instruction = self.instruction()
-        repeated = instruction.has_rep_prefix or instruction.has_repne_prefix
-        while True:
-            exit = self.one()
-            begun = self.statistics.instructions != before
-            if exit is not None or (begun and not (repeated and self.engine.env.rip == start)):
-                return exit
-            if begun and self.engine.context.kick:
-                return None

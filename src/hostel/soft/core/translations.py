@@ -1,4 +1,4 @@
-"""Where TLB misses are answered: by the ``Mmu``, by the window of an emulated instruction, or not at all."""
+"""Where TLB misses are answered: by the ``Mmu``, or not at all."""
 
 from __future__ import annotations
 
@@ -53,9 +53,6 @@ class Translations:
         if access is Access.FETCH and core.engine.context.budget <= 0:
             self.at_limit = True
             return None
-        device = core.window.frame(page)
-        if device is not None and access is not Access.FETCH:
-            return device, _READ | _WRITE
         if core.engine.env.hflags & HF_CS64 and page >> 47 not in (0, 0x1_FFFF):
             self.refused = NotCanonical(), access
             return None

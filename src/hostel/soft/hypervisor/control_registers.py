@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hostel.soft.exceptions import GP, fault
 from hostel.soft.paging.virtualizer import Registers
-from hostel.soft.silicon import Primary, VmExit
+from hostel.soft.silicon import VmExit
 from hostel.soft.state import (
     CR0_CD,
     CR0_EM,
@@ -21,7 +22,6 @@ from hostel.soft.state import (
     CR0_PE,
     CR0_PG,
     CR0_TS,
-    CR0_WP,
     CR4_DE,
     CR4_FSGSBASE,
     CR4_MCE,
@@ -40,8 +40,6 @@ from hostel.soft.state import (
     EFER_SCE,
 )
 from hostel.soft.vmx.fields import Field
-
-from .events import GP, fault
 
 if TYPE_CHECKING:
     from .vcpu import SoftVcpu
@@ -129,12 +127,11 @@ def load(vcpu: SoftVcpu, wanted: Registers) -> None:
 
 def set_cr0(vcpu: SoftVcpu, value: int) -> None:
     now = guest(vcpu)
-    value = value & 0xFFFF_FFFF_FFFF_FFFF
     if value >> 32 or (value & CR0_PG and not value & CR0_PE):
         raise Refused
     if value & CR0_NW and not value & CR0_CD:
         raise Refused
-    value = value & CR0_KNOWN & ~CR0_WP | value & CR0_WP | CR0_ET
+    value = value & CR0_KNOWN | CR0_ET
     if (value ^ now.cr0) & CR0_PG:
         _check_paging(vcpu, now, value)
     load(vcpu, Registers(value, now.cr3, now.cr4, now.efer))
@@ -173,6 +170,3 @@ def set_efer(vcpu: SoftVcpu, value: int) -> None:
     if value & ~EFER_KNOWN or ((value ^ now.efer) & EFER_LME and now.cr0 & CR0_PG):
         raise Refused
     load(vcpu, Registers(now.cr0, now.cr3, now.cr4, value))
-
-
-CR8_EXITS = Primary.CR8_LOAD | Primary.CR8_STORE

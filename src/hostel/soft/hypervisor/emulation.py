@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from .vcpu import SoftVcpu
 
 _CODE_64, _CODE_32 = 1 << 13, 1 << 14
-_WIDEST = 8
 
 
 class _Ask(Exception):

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from hostel.hypervisor import Exit, HaltExit, InternalError, ShutdownExit
+from hostel.soft.exceptions import GP, PF, UD, fault
 from hostel.soft.paging.virtualizer import Do, Verdict
 from hostel.soft.silicon import EventType, PageFault, Reason, VmExit
 from hostel.soft.state import RAX, RBX, RCX, RDX
 
 from . import control_registers, emulation, io, msrs
-from .events import GP, PF, UD, fault
 
 if TYPE_CHECKING:
     from .vcpu import SoftVcpu

@@ -11,6 +11,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from hostel.soft.exceptions import NMI
 from hostel.soft.silicon import Event, EventType, Primary
 from hostel.soft.state import (
     BLOCKED_BY_MOV_SS,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 _SHADOW = BLOCKED_BY_STI | BLOCKED_BY_MOV_SS
 _WINDOWS = Primary.INTERRUPT_WINDOW | Primary.NMI_WINDOW
-NMI_VECTOR = 2
 
 
 class Activity(Enum):
@@ -79,7 +79,7 @@ def before_entry(vcpu: SoftVcpu) -> None:
     if lapic.nmi:
         if event is None and not blocked & (_SHADOW | BLOCKED_BY_NMI):
             lapic.nmi = False
-            event = Event(NMI_VECTOR, EventType.NMI)
+            event = Event(NMI, EventType.NMI)
         else:
             windows |= Primary.NMI_WINDOW
     if lapic.pending is not None:

@@ -1,7 +1,7 @@
 """One virtual machine of the software hypervisor: its memory map, its chips, its vCPUs, its clock.
 
 The clock is the pCPUs' time, in nanoseconds: a guest instruction is one. It stands still while the monitor
-answers an exit, and is moved on while all vCPUs are idle (``advance``).
+answers an exit, and is moved on while all vCPUs are idle (``tick``).
 
 Not thread-safe: whoever runs a vCPU, or touches the chips, holds the machine's turn (``vm.py``).
 """

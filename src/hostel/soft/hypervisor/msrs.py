@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hostel.errors import HostError
+from hostel.soft.exceptions import GP, fault
 from hostel.soft.irqchip.lapic import Refused as LapicRefused
+from hostel.soft.physical import PAGE
 from hostel.soft.silicon import VmExit
 from hostel.soft.state import (
     MSR_APIC_BASE,
@@ -33,7 +35,6 @@ from hostel.soft.state import (
 from hostel.soft.vmx.fields import Field
 
 from .control_registers import Refused, guest, set_efer
-from .events import GP, fault
 
 if TYPE_CHECKING:
     from .vcpu import SoftVcpu
@@ -50,7 +51,7 @@ _FIELDS: dict[int, Field] = {
     MSR_SYSENTER_EIP: Field.GUEST_SYSENTER_EIP,
 }
 _MTRR_CAP, _MTRR_DEF_TYPE, _MICROCODE, _PLATFORM_ID = 0xFE, 0x2FF, 0x8B, 0x17
-_DEBUGCTL, _FEATURE_CONTROL, _TSC_ADJUST = 0x1D9, 0x3A, 0x3B
+_DEBUGCTL, _FEATURE_CONTROL = 0x1D9, 0x3A
 KEPT = (MSR_MISC_ENABLE, MSR_PAT, _MTRR_DEF_TYPE, _DEBUGCTL, MSR_TSC_AUX)
 """Written and read back; they mean nothing here."""
 CONSTANT = {_MTRR_CAP: 0x500, _MICROCODE: 0, _PLATFORM_ID: 0, _FEATURE_CONTROL: 1}
@@ -58,12 +59,11 @@ CONSTANT = {_MTRR_CAP: 0x500, _MICROCODE: 0, _PLATFORM_ID: 0, _FEATURE_CONTROL: 
 RESET = {MSR_PAT: 0x0007_0406_0007_0406, _MTRR_DEF_TYPE: 0, MSR_MISC_ENABLE: 1}
 _X2APIC = range(0x800, 0x900)
 _LAPIC = {MSR_APIC_BASE, MSR_TSC_DEADLINE}
-_PAGE = 4096
 
 
 def bitmap() -> bytes:
     """Four quarters of 1 KiB: reads of low MSRs, of high ones, writes likewise; a bit set exits."""
-    bits = bytearray(b"\xff" * _PAGE)
+    bits = bytearray(b"\xff" * PAGE)
     for index in PASSED:
         at = 1024 * (index >= 0xC000_0000) + (index & 0x1FFF) // 8
         for quarter in (0, 2048):

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from hostel.hypervisor import Exit, MmioExit, PioExit, ShutdownExit
 from hostel.soft.cpuid import Cpuid
+from hostel.soft.exceptions import PF, TripleFault, combine, fault
 from hostel.soft.paging.virtualizer import Registers, Scope
 from hostel.soft.pcpu import PhysicalCpu
 from hostel.soft.silicon import Event, PageFault, Reason, VmExit
@@ -32,7 +33,6 @@ from hostel.soft.vmx.capabilities import EntryControl
 from hostel.soft.vmx.fields import Field
 
 from . import control_registers, exits, guest_state, inject, setup
-from .events import PF, TripleFault, combine, fault
 from .inject import Activity
 
 if TYPE_CHECKING:
@@ -179,11 +179,6 @@ class SoftVcpu:
         _copy_unswitched(self.state, state)
         guest_state.load(state, self.read)
         return state
-
-    def store_state(self, state: CpuState) -> None:
-        """Back from an emulator, which changes no control register."""
-        _copy_unswitched(state, self.state)
-        guest_state.store(state, self.write)
 
     def export_state(self) -> CpuState:
         """As the guest believes it is."""

@@ -167,13 +167,6 @@ class Irqchip:
             return False
         return True
 
-    def reset(self) -> None:
-        self.pic.reset()
-        self.pit.reset()
-        self.ioapic.reset()
-        for one in self.lapics.values():
-            one.reset()
-
 
 _PIC_PORTS = {base + n for base in (pic.MASTER, pic.SLAVE, pic.EDGES) for n in range(2)}
 _PIT_PORTS = {*range(pit.PORTS, pit.CONTROL + 1), pit.SPEAKER}

@@ -38,7 +38,7 @@ INITIAL, CURRENT, DIVIDE, SELF_IPI = 0x38, 0x39, 0x3E, 0x3F
 
 _LVTS = (LVT_TIMER, 0x33, 0x34, LVT_LINT0, LVT_LINT1, LVT_ERROR)
 _MASKED = 1 << 16
-_ONE_SHOT, _PERIODIC, _DEADLINE = 0, 1, 2
+_PERIODIC, _DEADLINE = 1, 2
 _READ_ONLY = {VERSION, APR, PPR, CURRENT}
 _X2APIC_ONLY_WRITE = {EOI, SELF_IPI}
 
@@ -278,15 +278,6 @@ class Lapic:
     @property
     def _ldr(self) -> int:
         return self._x2apic_ldr if self.base & X2APIC else self._registers[LDR]
-
-    @property
-    def cr8(self) -> int:
-        """The task priority as MOV CR8 sees it (§10.8.6)."""
-        return self._registers[TPR] >> 4
-
-    @cr8.setter
-    def cr8(self, value: int) -> None:
-        self._set(TPR, (value & 15) << 4)
 
     def _read(self, number: int) -> int:
         if ISR <= number < ESR:

@@ -112,10 +112,6 @@ class Pic:
         self._on_event = on_event
         self._master, self._slave = Chip(), Chip()
 
-    def reset(self) -> None:
-        self._master.reset()
-        self._slave.reset()
-
     def set(self, pin: int, level: bool) -> None:
         """Pins 0–7 are the master's, 8–15 the slave's."""
         chip = self._slave if pin & 8 else self._master

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from hostel.soft.exceptions import WITH_ERROR_CODE
 from hostel.soft.silicon import EventType, Pin, Primary, Secondary
 from hostel.soft.state import CR0_PE
 from hostel.soft.vmx.capabilities import (
@@ -26,9 +27,6 @@ from hostel.soft.vmx.fields import Field
 from hostel.soft.vmx.vmcs import Vmcs
 
 Checks = Iterator[tuple[bool, str]]
-
-WITH_ERROR_CODE = frozenset({8, 10, 11, 12, 13, 14, 17})
-"""#DF, #TS, #NP, #SS, #GP, #PF, #AC (SDM vol. 3A table 6-1)."""
 
 
 def check_controls(vmcs: Vmcs) -> Checks:

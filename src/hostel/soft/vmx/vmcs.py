@@ -16,8 +16,6 @@ from hostel.soft.physical import PAGE, PhysicalMemory
 from hostel.soft.silicon import Controls, Primary
 from hostel.soft.vmx.fields import (
     ACCESS,
-    CONTROL_AREA,
-    CONTROLS_AT,
     EXIT_AREA,
     EXIT_AT,
     GUEST_AREA,
@@ -185,9 +183,6 @@ class Vmcs:
 
     def host_area(self) -> tuple[int, ...]:
         return HOST_AREA.unpack_from(self.view, HOST_AT)
-
-    def control_area(self) -> tuple[int, ...]:
-        return CONTROL_AREA.unpack_from(self.view, CONTROLS_AT)
 
     def save_guest_area(self, values: tuple[int, ...]) -> None:
         GUEST_AREA.pack_into(self.view, GUEST_AT, *values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hostel.soft.hypervisor.events import DB, DE, DF, GP, PF, UD, TripleFault, combine, fault
+from hostel.soft.exceptions import DB, DE, DF, GP, NP, PF, TS, UD, TripleFault, combine, fault
 from hostel.soft.silicon import Event, EventType
 
 
@@ -12,7 +12,7 @@ from hostel.soft.silicon import Event, EventType
     ("first", "second", "becomes"),
     [
         *((UD, PF, PF), (UD, GP, GP), (DB, PF, PF)),
-        *((GP, GP, DF), (GP, DE, DF), (GP, PF, PF), (GP, UD, UD)),
+        *((GP, GP, DF), (GP, DE, DF), (TS, NP, DF), (GP, PF, PF), (GP, UD, UD)),
         *((PF, PF, DF), (PF, GP, DF), (PF, UD, UD)),
     ],
 )

@@ -1,16 +1,19 @@
-"""What to do when one event meets another: SDM vol. 3A §6.15 (table 6-5), and its like for a hypervisor.
+"""Exceptions of a processor: vectors, error codes, and what it makes of two at once.
 
-A VM exit may come while the processor delivers an event (IDT-vectoring information, SDM vol. 3C §24.9.3). If
-the hypervisor's answer is an exception, the two are one: that second exception, #DF, or a triple fault.
+An exception may come while another event is being delivered: to a core in the middle of it, or to a
+hypervisor whose answer to a VM exit is an exception (IDT-vectoring information, SDM vol. 3C §24.9.3). For
+both the two are one: the second exception, #DF, or a triple fault (SDM vol. 3A §6.15, table 6-5).
 """
 
 from __future__ import annotations
 
-from hostel.soft.silicon import Event, EventType
+from .silicon import Event, EventType
 
-DE, DB, BP, UD, DF, TS, NP, SS, GP, PF, AC = 0, 1, 3, 6, 8, 10, 11, 12, 13, 14, 17
-_CONTRIBUTORY = frozenset({DE, TS, NP, SS, GP})
-_WITH_ERROR = frozenset({DF, TS, NP, SS, GP, PF, AC})
+DE, DB, NMI, BP, OF, UD, DF = 0, 1, 2, 3, 4, 6, 8
+TS, NP, SS, GP, PF, AC, MC = 10, 11, 12, 13, 14, 17, 18
+WITH_ERROR_CODE = frozenset((DF, TS, NP, SS, GP, PF, AC))
+"""SDM vol. 3A table 6-1."""
+_CONTRIBUTORY = frozenset((DE, TS, NP, SS, GP))
 
 
 class TripleFault(Exception):
@@ -19,12 +22,12 @@ class TripleFault(Exception):
 
 def fault(vector: int, error: int = 0) -> Event:
     """A hardware exception, with its error code if it has one."""
-    code = error if vector in _WITH_ERROR else None
+    code = error if vector in WITH_ERROR_CODE else None
     return Event(vector, EventType.HARDWARE_EXCEPTION, code)
 
 
 def combine(first: Event | None, second: Event) -> Event:
-    """``second`` came of delivering ``first``."""
+    """What ``second``, which came of delivering ``first``, is: itself, or a #DF."""
     if first is None or first.type != EventType.HARDWARE_EXCEPTION:
         return second  # an interrupt or INT n that faults is the fault; it comes again after it
     if first.vector == DF:
