@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 
-from hostel.soft.cpuid import BRAND, PHYSICAL_BITS, VENDOR, Cpuid, supported
+from hostel.soft.cpuid import BRAND, VENDOR, Cpuid, supported
+from hostel.soft.paging.walk import PHYSICAL_BITS
 from hostel.soft.state import CR4_OSXSAVE
 from hostel.vmm.cpu import cpuid
 

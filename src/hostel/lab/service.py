@@ -7,6 +7,7 @@ to: its voluntary context switches, eight bytes.
 
 from __future__ import annotations
 
+import os
 import resource
 import socket
 import struct
@@ -19,8 +20,6 @@ END = 0xFFFF
 
 
 def serve(requests: socket.socket, device: int) -> None:
-    import os
-
     while True:
         port, size = REQUEST.unpack(_exactly(requests, REQUEST.size))
         if port == END:

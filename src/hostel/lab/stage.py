@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 
 import msgspec
@@ -85,6 +86,7 @@ class Actor:
         """How: ``exit``, ``halt``, ``shutdown``; empty while it runs."""
         self.answers: list[Answer] = []
         self._stage = stage
+        image = mini.image(name, **parameters)  # before there is anything to be closed
         self.memory = GuestMemory(self.guest.memory)
         self.machine = SoftMachine(stage.host, paging=paging)
         self.machine.has_chips = self.guest.irqchip
@@ -93,12 +95,10 @@ class Actor:
         self.vcpus = [self.machine.add_vcpu(id) for id in range(self.guest.cpus)]
         for vcpu in self.vcpus:
             vcpu.cpuid = type(vcpu.cpuid)(supported())
-        self._start(mini.image(name, **parameters))
+        self._start(image)
 
-    def _start(self, image: object) -> None:
-        from pathlib import Path
-
-        entry = load_kernel(self.memory, Path(str(image)))
+    def _start(self, image: Path) -> None:
+        entry = load_kernel(self.memory, image)
         first = self.vcpus[0]
         first.load(self._stage.host.pcpus[0])
         state = first.export_state()

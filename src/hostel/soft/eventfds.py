@@ -86,32 +86,34 @@ class Irqfds:
 
 
 class Ioeventfds:
-    """Looked up at each write of the guest to a port or to MMIO."""
+    """Looked up at each write of the guest to a port or to MMIO. From any thread: what was deassigned may be
+    closed at once."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._by_address: dict[tuple[bool, int], list[tuple[int, int | None, int]]] = {}
 
     def assign(self, address: int, size: int, fd: int, match: int | None, *, pio: bool) -> None:
-        entry = (size, match, fd)
-        there = self._by_address.get((pio, address), [])
-        if any((s, m) == (size, match) for s, m, _ in there):
-            raise HostError(f"an ioeventfd is at {address:#x} already")
-        self._by_address[pio, address] = [*there, entry]
+        with self._lock:
+            there = self._by_address.setdefault((pio, address), [])
+            if any((s, m) == (size, match) for s, m, _ in there):
+                raise HostError(f"an ioeventfd is at {address:#x} already")
+            there.append((size, match, fd))
 
     def deassign(self, address: int, size: int, fd: int, match: int | None, *, pio: bool) -> None:
-        there = self._by_address.get((pio, address), [])
-        if (size, match, fd) not in there:
-            raise HostError(f"no such ioeventfd at {address:#x}")
-        rest = [entry for entry in there if entry != (size, match, fd)]
-        if rest:
-            self._by_address[pio, address] = rest
-        else:
-            del self._by_address[pio, address]
+        with self._lock:
+            there = self._by_address.get((pio, address), [])
+            if (size, match, fd) not in there:
+                raise HostError(f"no such ioeventfd at {address:#x}")
+            there.remove((size, match, fd))
+            if not there:
+                del self._by_address[pio, address]
 
     def write(self, address: int, data: bytes, *, pio: bool) -> bool:
         """Whether an eventfd took the write. Size 0 matches any length."""
-        for size, match, fd in self._by_address.get((pio, address), ()):
-            if size in (0, len(data)) and match in (None, int.from_bytes(data, "little")):
-                os.eventfd_write(fd, 1)
-                return True
+        with self._lock:
+            for size, match, fd in self._by_address.get((pio, address), ()):
+                if size in (0, len(data)) and match in (None, int.from_bytes(data, "little")):
+                    os.eventfd_write(fd, 1)
+                    return True
         return False

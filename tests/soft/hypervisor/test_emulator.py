@@ -159,6 +159,15 @@ def test_what_it_cannot_do_it_names(source: str, word: str) -> None:
     assert (cpu.registers, cpu.rip) == (start(), 0x8000)
 
 
+@pytest.mark.parametrize("address", [0x1000, 0x2000])
+def test_an_operand_by_register_is_not_looked_for_in_the_scratch_memory(address: int) -> None:
+    cpu = Cpu("scasb (%rdi), %al")
+    cpu.registers[7] = address
+    with pytest.raises(Unemulated, match="scas"):
+        emulator.step(cpu)
+    assert cpu.rip == 0x8000
+
+
 def test_an_invalid_instruction_does_not_spoil_the_next() -> None:
     """0xF7 /1 is TEST by another name; the scratch processor does not know it."""
     for source in (".byte 0xf7, 0x0b, 1, 0, 0, 0", "imul $41, (%rbx), %eax"):

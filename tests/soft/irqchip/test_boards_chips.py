@@ -139,6 +139,18 @@ def test_pit_latch_and_read_back() -> None:
     assert board.chip.read_port(0x40) == 0x80 | 0x30 | 2 << 1
 
 
+def test_pit_keeps_what_was_latched_first() -> None:
+    """However often a guest latches: one status, then one count, then the counter as it is."""
+    board = Board()
+    board.out(0x43, 0x34)
+    board.out(0x40, 0, 0x10)
+    board.out(0x43, *[0xC2] * 1000)
+    board.pass_time(SECOND // 1000)
+    assert [board.chip.read_port(0x40) for _ in range(3)] == [0x80 | 0x30 | 2 << 1, 0, 0x10]
+    low, high = board.chip.read_port(0x40), board.chip.read_port(0x40)
+    assert (low, high) == ((0x1000 - 1193) & 0xFF, 0x1000 - 1193 >> 8)
+
+
 def test_calibration_by_channel_2() -> None:
     """What kernels do: gate on, mode 0, wait for its output at port 0x61."""
     board = Board()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from hostel.soft.exceptions import GP, fault
 from hostel.soft.paging.virtualizer import Registers
+from hostel.soft.paging.walk import PHYSICAL_BITS
 from hostel.soft.silicon import VmExit
 from hostel.soft.state import (
     CR0_CD,
@@ -50,9 +51,10 @@ CR4_GUEST_OWNS = CR4_TSD | CR4_DE | CR4_OSFXSR | CR4_OSXMMEXCPT | CR4_FSGSBASE
 CR0_KNOWN = 0xE005_003F
 CR4_KNOWN = CR4_GUEST_OWNS | CR4_PSE | CR4_PAE | CR4_MCE | CR4_PGE | CR4_SMEP | CR4_SMAP
 EFER_KNOWN = EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE
-CR3_RESERVED = ~((1 << 40) - 1) & (1 << 64) - 1
+CR3_RESERVED = (1 << 64) - (1 << PHYSICAL_BITS)
 
 MOV_TO, MOV_FROM, CLTS, LMSW = range(4)
+_CODE_64 = 1 << 13
 
 
 class Refused(Exception):
@@ -67,7 +69,7 @@ def handle(vcpu: SoftVcpu, exit: VmExit) -> None:
         if kind == MOV_FROM:
             vcpu.set_register(register, _read(vcpu, number))
         elif kind == MOV_TO:
-            _write(vcpu, number, vcpu.register(register))
+            _write(vcpu, number, _operand(vcpu, register))
         elif kind == CLTS:
             set_cr0(vcpu, cr0(vcpu) & ~CR0_TS)
         else:  # LMSW can set PE and not clear it
@@ -77,6 +79,14 @@ def handle(vcpu: SoftVcpu, exit: VmExit) -> None:
         vcpu.inject(fault(GP))
     else:
         vcpu.skip(exit)
+
+
+def _operand(vcpu: SoftVcpu, register: int) -> int:
+    """Of 32 bits outside of 64-bit code, whatever is left in the upper half."""
+    value = vcpu.register(register)
+    if value >> 32 and not (vcpu.in_long_mode() and vcpu.read(Field.GUEST_CS_RIGHTS) & _CODE_64):
+        value &= 0xFFFF_FFFF
+    return value
 
 
 def _read(vcpu: SoftVcpu, number: int) -> int:
@@ -139,7 +149,7 @@ def set_cr0(vcpu: SoftVcpu, value: int) -> None:
 
 def _check_paging(vcpu: SoftVcpu, now: Registers, cr0: int) -> None:
     """SDM vol. 3A §9.8.5: long mode begins and ends with PG; PAE has to be there, CS not to be 64-bit."""
-    long_code = vcpu.read(Field.GUEST_CS_RIGHTS) & 1 << 13
+    long_code = vcpu.read(Field.GUEST_CS_RIGHTS) & _CODE_64
     if cr0 & CR0_PG and now.efer & EFER_LME:
         if not now.cr4 & CR4_PAE or long_code:
             raise Refused

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from functools import cache, lru_cache
 from importlib import import_module
+from threading import Lock
 from typing import Any, Protocol
 
 import iced_x86 as iced
@@ -246,6 +247,8 @@ def _advance(cpu: Cpu, number: int, change: int, width: int) -> None:
 def _by_scratch(cpu: Cpu, instruction: iced.Instruction, operand: Any, linear: int) -> None:
     if instruction.mnemonic in _NOT_BY_SCRATCH and instruction.op_kind(1) == iced.OpKind.REGISTER:
         raise Unemulated(str(instruction))
+    if iced.OpKind.MEMORY not in map(instruction.op_kind, range(instruction.op_count)):
+        raise Unemulated(str(instruction))  # its operand is by a register: it cannot be moved
     if instruction.flow_control != iced.FlowControl.NEXT or instruction.is_stack_instruction:
         raise Unemulated(str(instruction))
     if instruction.is_privileged or _FLOATING.intersection(instruction.cpuid_features()):
@@ -258,7 +261,8 @@ def _by_scratch(cpu: Cpu, instruction: iced.Instruction, operand: Any, linear: i
     scratch = _scratch(64 if cpu.bits == 64 else 32)
     registers = [cpu.register(number) for number in range(16)]
     try:
-        after, flags, data = scratch(_relocated(instruction), registers, cpu.rflags, data)
+        with _scratch_lock:
+            after, flags, data = scratch(_relocated(instruction), registers, cpu.rflags, data)
     except _Refused:
         _scratch.cache_clear()  # it would keep an invalid instruction's translation over a write
         raise Unemulated(str(instruction)) from None
@@ -278,6 +282,10 @@ def _relocated(instruction: iced.Instruction) -> iced.Instruction:
     moved.memory_displacement = _SLOT
     moved.memory_displ_size = 4
     return moved
+
+
+_scratch_lock = Lock()
+"""One processor for the machines of all threads."""
 
 
 @cache

@@ -35,6 +35,8 @@ class Host:
         self.msr_bitmap = self.physical.allocate()
         self.physical.write(self.msr_bitmap, msrs.bitmap())
         self._last_vpid = 0
+        self.fresh_fpu = b""
+        """As a core has it that has run nothing: what a new vCPU finds."""
         self.pcpus: list[PhysicalCpu] = []
         try:
             for number in range(pcpus):
@@ -45,7 +47,9 @@ class Host:
 
     def _make_pcpu(self, number: int) -> PhysicalCpu:
         mmu = PagingMmu(self.physical)
-        pcpu = PhysicalCpu(number, self.package, self._make_core(mmu), mmu)
+        core = self._make_core(mmu)
+        self.fresh_fpu = core.save_fpu()
+        pcpu = PhysicalCpu(number, self.package, core, mmu)
         pcpu.state.tr.selector = HOST_TSS  # LTR: a VM exit has to load one (SDM vol. 3C §26.2.3)
         pcpu.state.cr4 |= CR4_VMXE  # SDM vol. 3C §23.7: else VMXON is #UD
         pcpu.vmxon(self._region())

@@ -71,7 +71,7 @@ class SoftVcpu:
         self.primary = 0
         """The primary controls as they are in the VMCS."""
         self.launched = False
-        self._fpu = b""
+        self._fpu = machine.host.fresh_fpu
         self._has_vmcs = False
         self._finish: Callable[[bytes], Exit | None] | None = None
         self._answer = memoryview(b"")
@@ -126,8 +126,7 @@ class SoftVcpu:
     def _load_registers(self, pcpu: PhysicalCpu) -> None:
         _copy_unswitched(self.state, pcpu.state)
         self.state = pcpu.state
-        if self._fpu:
-            pcpu.core.load_fpu(self._fpu)
+        pcpu.core.load_fpu(self._fpu)
 
     def close(self) -> None:
         self.unload()

@@ -25,6 +25,8 @@ class Channel:
         self.low: int | None = None
         self.high_next = False
         self.latched: list[int] = []
+        self.status: int | None = None
+        """Latched by a read-back; read before the count."""
 
     @property
     def repeats(self) -> bool:
@@ -62,7 +64,7 @@ class Channel:
         mode = control >> 1 & 7
         self.mode = mode & 3 if mode > 5 else {1: 0, 5: 4}.get(mode, mode)
         self.access = control >> 4 & 3
-        self.start = self.low = None
+        self.start = self.low = self.status = None
         self.high_next = False
         self.latched = []
 
@@ -72,6 +74,9 @@ class Channel:
             self.latched = {1: both[:1], 2: both[1:]}.get(self.access, both)
 
     def read(self, now: int) -> int:
+        if self.status is not None:
+            status, self.status = self.status, None
+            return status
         if self.latched:
             return self.latched.pop(0)
         value = self.value(now)
@@ -143,9 +148,8 @@ class Pit:
                 continue
             if not value & 0x20:
                 channel.latch(channel.value(now))
-            if not value & 0x10:
-                status = channel.output(now) << 7 | channel.access << 4 | channel.mode << 1
-                channel.latched.insert(0, status)
+            if not value & 0x10 and channel.status is None:
+                channel.status = channel.output(now) << 7 | channel.access << 4 | channel.mode << 1
 
     def fire(self, now: int) -> None:
         """If the deadline has come. Periods that were missed are one tick."""

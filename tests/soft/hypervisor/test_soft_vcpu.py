@@ -1,0 +1,52 @@
+"""A vCPU on a pCPU: what it finds there, and what its registers are to a handler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("unicorn", reason="the extra `soft` is not installed")
+
+from hostel.soft.hypervisor import control_registers
+from hostel.soft.hypervisor.host import Host, Trap
+from hostel.soft.hypervisor.machine import SoftMachine
+from hostel.soft.silicon import Reason, VmExit
+from hostel.soft.state import CR0_ET, CR0_PE, CR0_TS, RAX, RIGHTS_CODE32
+
+
+@pytest.fixture(params=["translate", "intercept"])
+def host(request: pytest.FixtureRequest) -> Iterator[Host]:
+    trap: Trap = request.param
+    with Host(trap=trap) as host:
+        yield host
+
+
+def test_a_new_vcpu_finds_nothing_in_the_fpu_of_the_last_one(host: Host) -> None:
+    pcpu = host.pcpus[0]
+    first, second = SoftMachine(host), SoftMachine(host)
+    one, other = first.add_vcpu(0), second.add_vcpu(0)
+    one.load(pcpu)
+    fresh = pcpu.core.save_fpu()
+    secret = bytes(len(fresh) - 16) + b"the first one's "
+    pcpu.core.load_fpu(secret)
+    other.load(pcpu)
+    assert pcpu.core.save_fpu() == fresh
+    one.load(pcpu)
+    assert pcpu.core.save_fpu() == secret
+    first.close()
+    second.close()
+
+
+def test_32_bit_code_gives_a_control_register_32_bits(host: Host) -> None:
+    machine = SoftMachine(host)
+    vcpu = machine.add_vcpu(0)
+    vcpu.load(host.pcpus[0])
+    state = vcpu.export_state()
+    state.cr0, state.cs.rights = CR0_PE | CR0_ET, RIGHTS_CODE32
+    state.gpr[RAX] = 0xDEAD << 32 | CR0_PE | CR0_ET | CR0_TS
+    vcpu.import_state(state)
+    control_registers.handle(vcpu, VmExit(Reason.CR_ACCESS, RAX << 8, 3))
+    assert vcpu.event is None
+    assert vcpu.export_state().cr0 == CR0_PE | CR0_ET | CR0_TS
+    machine.close()
