@@ -46,7 +46,7 @@ def test_another_kind_of_host_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         build.library()
 
 
-@pytest.mark.parametrize("name", ["UC_CPU", "CPU_ENV", "CPU_ENV_POINTER", "CPU_HANDLE"])
+@pytest.mark.parametrize("name", ["UC_CPU", "CPU_ENV", "CPU_ENV_POINTER", "CPU_HANDLE", "CPU_TLB"])
 def test_an_offset_that_is_not_right_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, name, getattr(build, name) + 8)
     with pytest.raises(HostError, match="not the one that hostel knows"):
@@ -78,9 +78,19 @@ def test_a_new_core_has_its_fpu_reset() -> None:
         assert bench.state.gpr[RAX] == 0x1F80 | 0x37F << 32
 
 
+@pytest.mark.parametrize("instruction", ["rdrand %eax", "rdseed %eax"])
+def test_chance_is_no_instruction_of_this_processor(instruction: str) -> None:
+    with Bench(f"{instruction}; hlt") as bench:
+        bench.controls.exception_bitmap = 1 << 6  # #UD
+        event = bench.run().interruption
+        assert event is not None
+        assert event.vector == 6
+
+
 def test_what_the_processor_can_do() -> None:
     with Bench() as bench:
         _, _, ecx, edx = bench.core.cpuid(1)
         assert edx & 1 << 26, "SSE2"
         assert not ecx & 1 << 30, "RDRAND would be chance"
+        assert not bench.core.cpuid(7)[1] & 1 << 18, "RDSEED would be chance"
         assert bench.core.cpuid(7)[1] & (1 << 20 | 1 << 7) == 1 << 20 | 1 << 7, "SMAP, SMEP"

@@ -31,6 +31,8 @@ CPU_NEXT_FLAGS, CPU_ENV_POINTER, CPU_BLOCKS, CPU_EXCEPTION, CPU_HANDLE, CPU_ENV 
     0x81A8,
     0x8A50,
 )
+CPU_TLB, TLB_KINDS, TLB_ENTRY_BITS, TLB_ENTRIES = 0x8A10, 3, 6, 256
+"""A mask and a table for each kind of access; the size of an entry, and how many there are at first."""
 TB_PC, TB_FLAGS, TB_SIZE, TB_COUNT, TB_CFLAGS, TB_CODE = 0, 0x10, 0x14, 0x16, 0x18, 0x20
 TB_COUNT_MASK = 0x7FFF
 """The bits of ``cflags`` that cut a block to so many instructions; 0: as many as fit."""
@@ -132,6 +134,7 @@ def find_cpu(handle: int) -> int:
             "state": (word(cpu + CPU_ENV_POINTER), cpu + CPU_ENV),
             "handle": (word(cpu + CPU_HANDLE), handle),
             "RAX": (word(cpu + CPU_ENV), _MAGIC),
+            "TLB": (word(cpu + CPU_TLB), TLB_ENTRIES - 1 << TLB_ENTRY_BITS),
         }
     for what, (seen, expected) in known.items():
         if seen != expected:

@@ -27,6 +27,7 @@ from hostel.soft.physical import Span
 from . import build
 from .counter import CODE, ENTRIES, Note
 from .env import FEATURES, OLD_EXCEPTION, Env
+from .tlb import Tlb
 
 FOREVER = 1 << 62
 STOPPED, TO_SCAN, FULL = 1, 2, 3
@@ -99,6 +100,7 @@ class Engine:
         self.cpu = build.find_cpu(self.handle)
         self._spans: list[Span] = []
         self.env = Env(self.cpu)
+        self.tlb = Tlb(self._lib, self.cpu)
         self._without_features()
         self._reset_fpu()
         build.control(self.handle, _USE_EXITS, ctypes.c_int(1))
@@ -155,6 +157,7 @@ class Engine:
 
     def _on_fill(self, _uc: int, page: int, kind: int, entry: object, _data: int) -> int:
         try:
+            self.tlb.missed()
             answer = self._fill(page, kind - 16)
             if answer is None:
                 return 0
@@ -219,9 +222,9 @@ class Engine:
         if not self.handle:
             return
         if address is None:
-            self._lib.tlb_flush_x86_64(self.cpu)
+            self.tlb.flush()
         else:
-            self._lib.tlb_flush_page_x86_64(self.cpu, address)
+            self.tlb.flush_page(address)
 
     def retranslate(self, block: Block) -> int:
         """Forget the block and translate it from what is in memory now. Returns its address."""
