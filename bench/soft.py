@@ -30,7 +30,7 @@ from hostel.soft.vm import System
 RUNS = 5
 WORKLOADS = {
     "compute": ({"rounds": 1_000}, {"rounds": 3_000_000}),
-    "memory": ({"kib": 4096, "rounds": 1}, {"kib": 4096, "rounds": 3}),
+    "memory": ({"kib": 4096, "rounds": 2}, {"kib": 4096, "rounds": 12}),
     "calls": ({"depth": 4, "rounds": 10}, {"depth": 29, "rounds": 3_000_000}),
 }
 WAYS = {

@@ -78,8 +78,13 @@ SPLIT = """
 
 def test_a_flush_at_each_miss_is_seen_by_no_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accesses across two pages, atomic and repeated ones."""
-    flushed: list[int] = []
-    monkeypatch.setattr(Tlb, "_enough", lambda self: flushed.append(self.entries) or 1)
+    flushed: list[Tlb] = []
+
+    def at_once(self: Tlb) -> int:
+        flushed.append(self)
+        return 1
+
+    monkeypatch.setattr(Tlb, "_enough", at_once)
     with Bench(SPLIT, size=8 << 20) as bench:
         bench.memory.write(0x101B00, b"\x5a")
         assert bench.run().reason is Reason.HLT
