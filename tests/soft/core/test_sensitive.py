@@ -16,6 +16,9 @@ from hostel.soft.state import (
     MSR_LSTAR,
     MSR_SFMASK,
     MSR_STAR,
+    MSR_SYSENTER_EIP,
+    MSR_SYSENTER_ESP,
+    MSR_TSC_AUX,
     R11,
     RAX,
     RBX,
@@ -28,6 +31,9 @@ from hostel.soft.state import (
 from soft.core.core_rig import CODE3, USER_STACK, Bench
 
 IN, STRING, REPEATED, IMMEDIATE = 8, 16, 32, 64
+NARROW = (MSR_SYSENTER_ESP, MSR_SYSENTER_EIP, MSR_TSC_AUX)
+REFUSED = "mov $0x800000, %edx; wrmsr; xor %ebx, %ebx; hlt"
+"""Bit 55: not canonical; reserved in TSC_AUX."""
 
 
 @pytest.mark.parametrize(
@@ -153,6 +159,17 @@ def test_the_msr_bitmap() -> None:
         bench.state.rip = 0x8000
         bench.physical.write(bitmap + 0x400 + 0x82 // 8, bytes([1 << 2]))
         assert bench.run().reason is Reason.RDMSR
+
+
+@pytest.mark.parametrize("index", NARROW)
+def test_an_msr_refuses_what_it_cannot_hold(index: int) -> None:
+    with Bench(f"mov ${index:#x}, %ecx; xor %eax, %eax; {REFUSED}") as bench:
+        bench.controls.primary |= Primary.MSR_BITMAPS
+        bench.controls.msr_bitmap = bench.physical.allocate()
+        bench.handlers("mov $13, %ebx; hlt", 13)
+        assert bench.run().reason is Reason.HLT
+        assert bench.state.gpr[RBX] == 13
+        assert not bench.state.msrs.get(index)
 
 
 def test_time_is_instructions_and_an_offset() -> None:

@@ -10,6 +10,9 @@ from hostel.soft.state import (
     CR0_PG,
     MSR_LSTAR,
     MSR_STAR,
+    MSR_SYSENTER_EIP,
+    MSR_SYSENTER_ESP,
+    MSR_TSC_AUX,
     RAX,
     RBX,
     RCX,
@@ -20,6 +23,10 @@ from hostel.soft.state import (
 from soft.core.svm_rig import CODE, STACK, TSS, SvmGuest
 
 pytest.importorskip("unicorn", reason="the extra 'soft' is not installed")
+
+NARROW = (MSR_SYSENTER_ESP, MSR_SYSENTER_EIP, MSR_TSC_AUX)
+REFUSED = "mov $0x800000, %edx; wrmsr; xor %ebx, %ebx; hlt"
+"""Bit 55: not canonical; reserved in TSC_AUX."""
 
 
 @pytest.mark.parametrize("ept", [True, False])
@@ -124,6 +131,19 @@ def test_msrs_by_bitmap() -> None:
         assert (exit.reason, exit.length, guest.state.gpr[RCX]) == (Reason.RDMSR, 2, 0x1B)
         assert guest.state.msrs[MSR_LSTAR] == 1 << 32 | 5
         assert (guest.state.gpr[RAX], guest.state.gpr[RDX]) == (5, 1)
+
+
+@pytest.mark.parametrize("index", NARROW)
+def test_an_msr_refuses_what_it_cannot_hold(index: int) -> None:
+    with SvmGuest(f"mov ${index:#x}, %ecx; xor %eax, %eax; {REFUSED}") as guest:
+        guest.controls.msr_bitmap = guest.physical.allocate()
+        guest.controls.primary |= Primary.MSR_BITMAPS
+        guest.controls.exception_bitmap = 1 << 13
+        exit = guest.run()
+        assert exit.reason is Reason.EXCEPTION_NMI
+        assert exit.interruption is not None
+        assert exit.interruption.vector == 13
+        assert not guest.state.msrs.get(index)
 
 
 def test_the_time_stamp_counter_counts_instructions() -> None:

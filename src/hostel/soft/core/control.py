@@ -80,7 +80,10 @@ _PLAIN_MSRS = frozenset(
     (MSR_STAR, MSR_LSTAR, MSR_CSTAR, MSR_SFMASK, MSR_KERNEL_GS_BASE, MSR_SYSENTER_CS,
      MSR_SYSENTER_ESP, MSR_SYSENTER_EIP, MSR_PAT, MSR_TSC_AUX, MSR_MISC_ENABLE, MSR_APIC_BASE)
 )  # fmt: skip
-_CANONICAL_MSRS = frozenset((MSR_LSTAR, MSR_CSTAR, MSR_KERNEL_GS_BASE, MSR_FS_BASE, MSR_GS_BASE))
+_CANONICAL_MSRS = frozenset(
+    (MSR_LSTAR, MSR_CSTAR, MSR_KERNEL_GS_BASE, MSR_FS_BASE, MSR_GS_BASE, MSR_SYSENTER_ESP,
+     MSR_SYSENTER_EIP)
+)  # fmt: skip
 _RESET = {MSR_PAT: 0x0007_0406_0007_0406, MSR_MISC_ENABLE: 1, MSR_APIC_BASE: 0xFEE0_0900}
 
 
@@ -314,6 +317,8 @@ def write_msr(core: TranslatingCore, instruction: Instruction) -> Result:
         return leave(Reason.WRMSR, instruction)
     value = state.gpr[RAX] & _LOW | (state.gpr[RDX] & _LOW) << 32
     if index in _CANONICAL_MSRS and value >> 47 not in (0, 0x1_FFFF):
+        raise Fault(GP, 0)
+    if index == MSR_TSC_AUX and value >> 32:
         raise Fault(GP, 0)
     if index in _PLAIN_MSRS:
         state.msrs[index] = value

@@ -144,6 +144,8 @@ def read_msr(state: CpuState, number: int, tsc: int) -> int:
 def write_msr(state: CpuState, number: int, value: int) -> None:
     if number in _ADDRESSES and not canonical(value):
         raise GeneralProtection
+    if number == MSR_TSC_AUX and value & ~_U32:
+        raise GeneralProtection
     if number == MSR_EFER:
         if value & ~_EFER_DEFINED or ((value ^ state.efer) & EFER_LME and state.cr0 & CR0_PG):
             raise GeneralProtection

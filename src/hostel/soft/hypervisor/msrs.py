@@ -114,7 +114,8 @@ def write(vcpu: SoftVcpu, index: int, value: int) -> None:
     elif index == MSR_EFER:
         set_efer(vcpu, value)
     elif index == MSR_TSC:
-        vcpu.write(Field.TSC_OFFSET, (value - vcpu.machine.now) & (1 << 64) - 1)
+        vcpu.lapic.tsc_offset = value - vcpu.machine.now
+        vcpu.write(Field.TSC_OFFSET, vcpu.lapic.tsc_offset & (1 << 64) - 1)
     elif index == MSR_PAT:
         if any(value >> at & 0xFF not in (0, 1, 4, 5, 6, 7) for at in range(0, 64, 8)):
             raise Refused

@@ -97,6 +97,8 @@ class Lapic:
         """Whether the PIC asks (LINT0 in ExtINT mode, the virtual wire)."""
         self.statistics = {"fixed": 0, "ipis_sent": 0, "timer": 0, "eois": 0, "nmis": 0}
         self.base = BASE | ENABLED | (BSP if id == 0 else 0)
+        self.tsc_offset = 0
+        """Between the guest's time-stamp counter and ``clock``, if it has written that counter."""
         self.reset()
 
     def reset(self) -> None:
@@ -369,7 +371,7 @@ class Lapic:
         if self._timer_mode != _DEADLINE:
             return
         self.tsc_deadline = value
-        self.deadline = value or None
+        self.deadline = max(value - self.tsc_offset, 1) if value else None  # 0 disarms; past: now
 
     def _current(self) -> int:
         if self.deadline is None or self._timer_mode == _DEADLINE:
