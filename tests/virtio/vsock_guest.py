@@ -198,15 +198,18 @@ class Guest:
     def send(self, packet: Packet) -> None:
         queue = self.driver.queues[TX]
         self.driver.queues[TX].completed()
-        while len(queue._free) < 2:
-            self.wait(TX)
+        while len(queue._free) < 2 and not self.driver.needs_reset:
+            self.pump()  # a device whose answers find no room takes nothing more
+            self.wait(TX, 0.01)
             queue.completed()
+        if self.driver.needs_reset:
+            return
         queue.add([packet.pack(), packet.data] if packet.data else [packet.pack()])
         self.kick(TX)
 
-    def wait(self, index: int) -> bool:
+    def wait(self, index: int, patience: float = PATIENCE) -> bool:
         call = self.driver.call_fd(index)
-        if not select.select([call], [], [], PATIENCE)[0]:
+        if not select.select([call], [], [], patience)[0]:
             return False
         os.eventfd_read(call)
         return True
