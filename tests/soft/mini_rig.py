@@ -29,9 +29,8 @@ from hostel.hypervisor import (
 from hostel.kvm import System as KvmSystem
 from hostel.memory import PAGE, GuestMemory
 from hostel.soft import mini
-from hostel.soft.hypervisor.host import Trap
-from hostel.soft.hypervisor.machine import Paging
 from hostel.soft.vm import System as SoftSystem
+from hostel.spec import Paging, Trap
 from hostel.vmm import layout
 from hostel.vmm.irq import pin_routes
 

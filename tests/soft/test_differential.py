@@ -15,8 +15,7 @@ import pytest
 pytest.importorskip("unicorn", reason="the extra `soft` is not installed")
 
 from hostel.soft import mini
-from hostel.soft.hypervisor.host import Trap
-from hostel.soft.hypervisor.machine import Paging
+from hostel.spec import Paging, Trap
 from soft.mini_rig import Outcome, on_kvm, on_soft, play, statistics
 from soft.mini_subjects import kvm_lacks
 

@@ -14,9 +14,8 @@ import pytest
 pytest.importorskip("unicorn", reason="the extra `soft` is not installed")
 
 from hostel.soft import mini
-from hostel.soft.hypervisor.host import Trap
-from hostel.soft.hypervisor.machine import Paging
 from hostel.soft.mini.guests import LOAD_ADDRESS, SECTOR_ADDRESS
+from hostel.spec import Paging, Trap
 from soft.mini_rig import on_soft, spoiled
 
 NAMES = [name for name in mini.names() if mini.guest(name).cpus == 1]

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import msgspec
 
 from hostel.errors import UserError
-from hostel.soft.hypervisor.machine import Paging
 from hostel.soft.paging.mmu import PagingMmu, WalkTrace
 from hostel.soft.physical import PAGE
 from hostel.soft.silicon import Reason
+from hostel.spec import Paging
 
 from . import Drawing, Report, Step, Table, hardware
 from .draw import Node, tree

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from hostel.soft.hypervisor.machine import Paging
 from hostel.soft.silicon import Reason
+from hostel.spec import Paging
 
 from . import Drawing, Report, Step, Table, none_of
 from .stage import Stage

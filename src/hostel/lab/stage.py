@@ -24,11 +24,12 @@ from hostel.hypervisor import Exit, HaltExit, MmioExit, PioExit, ShutdownExit
 from hostel.memory import GuestMemory
 from hostel.soft import mini, registers
 from hostel.soft.cpuid import supported
-from hostel.soft.hypervisor.host import Host, Trap
-from hostel.soft.hypervisor.machine import Paging, SoftMachine
+from hostel.soft.hypervisor.host import Host
+from hostel.soft.hypervisor.machine import SoftMachine
 from hostel.soft.hypervisor.vcpu import SoftVcpu
 from hostel.soft.pcpu import PhysicalCpu
 from hostel.soft.vmx.events import TraceEvent
+from hostel.spec import Paging, Trap
 
 CONSOLE, EXIT = 0xE9, 0xF4
 SLICE = 100_000

@@ -2,7 +2,9 @@
 
 ::
 
-    hypervisor/     root mode: VMXON … VMLAUNCH, one handler an exit     schedule/    vCPUs on pCPUs
+    vm.py           a hypervisor of the monitor's contract,      schedule/    vCPUs on pCPUs
+         │          beside kvm/: one turn, one inbox                  │
+    hypervisor/     root mode: VMXON … VMLAUNCH, one handler an exit ─┘
          │ VMX instructions                                 ▲ VM exit
     pcpu.py         a physical processor ── vmx/            the VMCS, its instructions, entry, exit
          │ enter(state, controls, event)                    │ VmExit
@@ -12,8 +14,9 @@
          │ HPA
     physical.py     host-physical memory: the RAM of machines, and the frames that tables live in
 
-``paging/`` walks every table there is; ``irqchip/`` is PIC, IOAPIC, LAPIC and PIT in software; ``vm.py``
-makes it all a hypervisor of the monitor's contract, beside ``kvm/``.
+Beside them: ``paging/`` walks every table there is; ``irqchip/`` is PIC, IOAPIC, LAPIC and PIT in software;
+``iommu.py`` and ``dma.py`` are a device that moves memory and what holds it; ``mini/`` are guests of our own.
+What all share: ``state.py`` (a processor's registers), ``exceptions.py``, ``cpuid.py``.
 
 Rules: what hardware does is below ``silicon.py`` and ``vmx/``; what a hypervisor decides is above.
 Time is counted in guest instructions, so that the same guest gives the same trace.

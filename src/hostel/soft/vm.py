@@ -32,8 +32,8 @@ from .eventfds import Irqfds
 from .extra import unicorn_version
 
 if TYPE_CHECKING:
-    from .hypervisor.host import Trap
-    from .hypervisor.machine import Paging
+    from hostel.spec import Paging, Trap
+
     from .hypervisor.vcpu import SoftVcpu
     from .state import CpuState
 

@@ -15,6 +15,7 @@ from hostel.boot.load import load_kernel
 from hostel.memory import GuestMemory
 from hostel.soft import mini
 from hostel.soft.core.translate import TranslatingCore
+from hostel.soft.cpuid import Cpuid, supported
 from hostel.soft.paging.ept import EptPaging
 from hostel.soft.paging.guest_map import GuestMap
 from hostel.soft.paging.mmu import PagingMmu
@@ -113,7 +114,7 @@ class Carrier:
                 return self.violation(exit)
             case Reason.CPUID:
                 gpr = self.state.gpr
-                words = self.core.cpuid(gpr[RAX] & 0xFFFF_FFFF, gpr[RCX] & 0xFFFF_FFFF)
+                words = Cpuid(supported())(gpr[RAX], gpr[RCX], lambda: self.state.cr4)
                 gpr[RAX], gpr[RBX], gpr[RCX], gpr[RDX] = words
             case Reason.IO:
                 if ends := self.port(exit):

@@ -9,10 +9,11 @@ import pytest
 pytest.importorskip("unicorn", reason="the extra `soft` is not installed")
 
 from hostel.soft.hypervisor import control_registers
-from hostel.soft.hypervisor.host import Host, Trap
+from hostel.soft.hypervisor.host import Host
 from hostel.soft.hypervisor.machine import SoftMachine
 from hostel.soft.silicon import Reason, VmExit
 from hostel.soft.state import CR0_ET, CR0_PE, CR0_TS, RAX, RIGHTS_CODE32
+from hostel.spec import Trap
 
 
 @pytest.fixture(params=["translate", "intercept"])

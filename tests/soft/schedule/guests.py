@@ -14,12 +14,13 @@ from hostel.hypervisor import Exit, MmioExit, PioExit, ShutdownExit, Vcpu
 from hostel.memory import GuestMemory
 from hostel.soft import cpuid, mini, registers
 from hostel.soft.cpuid import Cpuid
-from hostel.soft.hypervisor.host import Host, Trap
-from hostel.soft.hypervisor.machine import Paging, SoftMachine
+from hostel.soft.hypervisor.host import Host
+from hostel.soft.hypervisor.machine import SoftMachine
 from hostel.soft.hypervisor.vcpu import SoftVcpu
 from hostel.soft.pcpu import PhysicalCpu
 from hostel.soft.schedule.scheduler import Scheduler
 from hostel.soft.schedule.vcpu import ScheduledVcpu
+from hostel.spec import Paging, Trap
 from hostel.vmm.irq import pin_routes
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from hostel.soft import mini
-from hostel.soft.hypervisor.host import Trap
-from hostel.soft.hypervisor.machine import Paging
 from hostel.soft.pcpu import PhysicalCpu
 from hostel.soft.schedule.runnable import Slice
+from hostel.spec import Paging, Trap
 from soft.schedule.guests import Guests, guests
 
 LONG = 200_000_000

@@ -10,11 +10,12 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hostel.soft.exceptions import UD
 from hostel.soft.pcpu import PhysicalCpu
 from hostel.soft.silicon import Controls, Event, Reason, VmExit
 from hostel.soft.state import BLOCKED_BY_MOV_SS, CR0_PE, CR4_VMXE, RFLAGS_VM, CpuState
 from hostel.soft.vmx.fields import Field
-from hostel.soft.vmx.results import UD, CpuFault, VmFail, VmxMisuse
+from hostel.soft.vmx.results import CpuFault, VmFail, VmxMisuse
 from soft.vmx.vmx_model import NONE, WRONG, Model, Outcome, Region
 from soft.vmx.vmx_world import GOOD, World, world
 

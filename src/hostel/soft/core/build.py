@@ -14,13 +14,11 @@ from __future__ import annotations
 import ctypes
 import platform
 from functools import cache
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 
-from hostel.errors import HostError, MissingTool
-
-VERSION = "2.1.4"
-_CURE = f"pip install 'unicorn=={VERSION}' (pip install 'hostel[soft]')"
+from hostel.errors import HostError
+from hostel.soft.extra import INSTALL, unicorn_version
 
 UC_CPU, UC_INVALID_ADDRESS = 0x1B8, 0x588
 CPU_NEXT_FLAGS, CPU_ENV_POINTER, CPU_BLOCKS, CPU_EXCEPTION, CPU_HANDLE, CPU_ENV = (
@@ -54,16 +52,10 @@ def library() -> ctypes.CDLL:
         raise HostError(
             "the software hypervisor runs on x86-64 hosts only", cost="no engine soft here"
         )
+    unicorn_version()
     found = util.find_spec("unicorn")
     if found is None or not found.submodule_search_locations:
-        raise MissingTool("unicorn is not installed", cost="no engine soft", cure=_CURE)
-    version = metadata.version("unicorn")
-    if version != VERSION:
-        raise HostError(
-            f"unicorn is {version}, and hostel knows {VERSION} only",
-            cost="no engine soft",
-            cure=_CURE,
-        )
+        raise unknown("it is no package")
     path = Path(found.submodule_search_locations[0]) / "lib" / "libunicorn.so.2"
     try:
         return _declare(ctypes.CDLL(str(path)))
@@ -75,7 +67,7 @@ def unknown(detail: str) -> HostError:
     return HostError(
         f"this build of unicorn is not the one that hostel knows ({detail})",
         cost="no engine soft",
-        cure=_CURE,
+        cure=INSTALL,
     )
 
 
@@ -90,8 +82,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.qemu_ram_addr_from_host_x86_64.restype = u64
     lib.tb_invalidate_phys_range_x86_64.argtypes = pointer, u64, u64
     lib.tlb_flush_page_x86_64.argtypes = pointer, u64
-    lib.cpu_x86_cpuid_x86_64.argtypes = (pointer, *(ctypes.c_uint32,) * 2, *(pointer,) * 4)
-    for name in ("tlb_flush", "tlb_flush_page", "cpu_x86_cpuid", "tb_invalidate_phys_range"):
+    for name in ("tlb_flush", "tlb_flush_page", "tb_invalidate_phys_range"):
         getattr(lib, f"{name}_x86_64").restype = None
     return lib
 

@@ -258,15 +258,6 @@ class Engine:
             f"memory at {span.hpa:#x}",
         )
 
-    def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
-        """What this processor can do: EAX, EBX, ECX, EDX."""
-        words = [ctypes.c_uint32() for _ in range(4)]
-        self._lib.cpu_x86_cpuid_x86_64(
-            self.env.address, leaf, subleaf, *(ctypes.addressof(word) for word in words)
-        )
-        eax, ebx, ecx, edx = (word.value for word in words)
-        return eax, ebx, ecx, edx
-
     def close(self) -> None:
         if self.handle:
             with contextlib.suppress(HostError):

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hostel.errors import MissingTool
-
 if TYPE_CHECKING:
     from iced_x86 import Instruction
 
@@ -50,14 +48,8 @@ _SEGMENT_MOVES = (
 
 class Scanner:
     def __init__(self) -> None:
-        try:
-            import iced_x86 as iced
-        except ImportError as error:
-            raise MissingTool(
-                "iced-x86 is not installed",
-                cost="no engine soft",
-                cure="pip install 'hostel[soft]'",
-            ) from error
+        import iced_x86 as iced
+
         self._decoder = iced.Decoder
         self._mnemonics = frozenset(getattr(iced.Mnemonic, name) for name in _NAMES)
         self._codes = frozenset(getattr(iced.Code, name) for name in _CONTROL_MOVES + _FAR)

@@ -17,15 +17,14 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import platform
 from typing import Any
 
-from hostel.errors import HostError, MissingTool
+from hostel.errors import HostError
 from hostel.soft.physical import Span
 
+from . import build
 from .svm_stubs import CODE, ENTRY
 
-VERSION = 2, 1, 4
 _ARCH_X86, _MODE_64, _PROT_ALL = 4, 8, 7
 _HOOK_INTR, _HOOK_INSN, _HOOK_BLOCK = 1, 2, 8
 _INS_IN, _INS_OUT, _INS_SYSCALL, _INS_SYSENTER = 218, 500, 699, 700
@@ -138,11 +137,7 @@ class Processor:
         found = _u64(self.env + _ENV_UC).value, fill.value, execute.value
         known = handle, _address(lib, "x86_cpu_tlb_fill"), _address(lib, "x86_cpu_exec_interrupt")
         if found != known:
-            raise HostError(
-                "this build of unicorn is not the one that hostel knows",
-                cost="no core by intercept",
-                cure="install the wheel of unicorn 2.1.4 from PyPI",
-            )
+            raise build.unknown("its functions are not where they should be")
         block.env, block.cpu = self.env, self.cpu
         block.do_interrupt = _address(lib, "x86_cpu_do_interrupt")
         block.hardirq = _address(lib, "do_interrupt_x86_hardirq")
@@ -237,25 +232,8 @@ class Processor:
 
 
 def _library() -> ctypes.CDLL:
-    if platform.machine() != "x86_64":
-        raise HostError(
-            "the core by intercept runs on x86-64 hosts only", cure="use the core by translation"
-        )
-    try:
-        from unicorn.unicorn_py3.unicorn import uclib
-    except ImportError as error:
-        raise MissingTool(
-            "unicorn is not installed",
-            cost="no software processor",
-            cure="pip install 'hostel[soft]'",
-        ) from error
-    lib = ctypes.CDLL(uclib._name)
-    if lib.uc_version(None, None) >> 8 != VERSION[0] << 16 | VERSION[1] << 8 | VERSION[2]:
-        raise HostError(
-            "this version of unicorn is not the one that hostel knows",
-            cure="pip install 'hostel[soft]'",
-        )
-    return lib
+    """Functions of our own: those of ``build.library`` have the other core's argument types."""
+    return ctypes.CDLL(build.library()._name)
 
 
 def _address(lib: ctypes.CDLL, name: str) -> int:

@@ -325,10 +325,6 @@ class TranslatingCore:
 
     # --- For a hypervisor ---
 
-    def cpuid(self, leaf: int, subleaf: int = 0) -> tuple[int, int, int, int]:
-        """What this processor can do: EAX, EBX, ECX, EDX."""
-        return self.engine.cpuid(leaf, subleaf)
-
     def wrote(self, hpa: int, size: int) -> None:
         """Somebody else changed memory: blocks translated from it are dropped, in all cores on it."""
         self.translations.coherence.wrote(hpa, size)

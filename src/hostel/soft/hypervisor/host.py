@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from hostel.errors import HostError
 from hostel.soft.paging.mmu import PagingMmu
@@ -12,13 +12,13 @@ from hostel.soft.silicon import Core
 from hostel.soft.state import CR4_VMXE
 from hostel.soft.vmx.capabilities import REVISION
 from hostel.soft.vmx.operation import Package
+from hostel.spec import Trap
 
 from . import msrs
 
 if TYPE_CHECKING:
     from .vcpu import SoftVcpu
 
-Trap = Literal["translate", "intercept"]
 HOST_TSS = 0x18
 LAST_VPID = 0xFFFF
 

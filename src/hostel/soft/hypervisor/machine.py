@@ -8,18 +8,15 @@ Not thread-safe: whoever runs a vCPU, or touches the chips, holds the machine's 
 
 from __future__ import annotations
 
-from typing import Literal
-
 from hostel.memory import Region
 from hostel.soft.eventfds import Ioeventfds
 from hostel.soft.irqchip import Irqchip
 from hostel.soft.paging.guest_map import GuestMap
 from hostel.soft.paging.virtualizer import MemoryVirtualizer
+from hostel.spec import Paging
 
 from .host import Host
 from .vcpu import SoftVcpu
-
-Paging = Literal["ept", "shadow"]
 
 
 class SoftMachine:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NoReturn
 
+from hostel.soft.exceptions import GP, UD
 from hostel.soft.physical import PhysicalMemory
 from hostel.soft.state import (
     CR0_ET,
@@ -43,7 +44,7 @@ from hostel.soft.vmx.capabilities import (
 from hostel.soft.vmx.check_host import fixed
 from hostel.soft.vmx.events import Mode, TraceEvent, VmxStatistics
 from hostel.soft.vmx.fields import ACCESS, Kind
-from hostel.soft.vmx.results import GP, UD, CpuFault, VmError, VmFail, VmxMisuse
+from hostel.soft.vmx.results import CpuFault, VmError, VmFail, VmxMisuse
 from hostel.soft.vmx.vmcs import Vmcs, region
 
 ROOT_TIME = 40

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-UD, GP = 6, 13
-"""Vectors of the two faults of VMX instructions."""
+from hostel.soft.exceptions import UD
 
 
 class VmError(IntEnum):
