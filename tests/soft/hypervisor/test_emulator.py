@@ -149,6 +149,9 @@ def test_rep_with_nothing_to_do() -> None:
         ("movaps (%rbx), %xmm0", "xmm0"),
         ("fldl (%rbx)", "fld"),
         ("push (%rbx)", "push"),
+        ("mov (%rbx), %ds", "ds"),
+        ("mov %ds, (%rbx)", "ds"),
+        ("lfs (%rbx), %eax", "lfs"),
         ("jmp *(%rbx)", "jmp"),
     ],
 )

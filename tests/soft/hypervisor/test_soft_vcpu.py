@@ -8,11 +8,13 @@ import pytest
 
 pytest.importorskip("unicorn", reason="the extra `soft` is not installed")
 
-from hostel.soft.hypervisor import control_registers
+from hostel.hypervisor import PioExit
+from hostel.memory import PAGE, GuestMemory
+from hostel.soft.hypervisor import control_registers, io
 from hostel.soft.hypervisor.host import Host
 from hostel.soft.hypervisor.machine import SoftMachine
 from hostel.soft.silicon import Reason, VmExit
-from hostel.soft.state import CR0_ET, CR0_PE, CR0_TS, RAX, RIGHTS_CODE32
+from hostel.soft.state import CR0_ET, CR0_PE, CR0_PG, CR0_TS, RAX, RIGHTS_CODE32
 from hostel.spec import Trap
 
 
@@ -51,3 +53,27 @@ def test_32_bit_code_gives_a_control_register_32_bits(host: Host) -> None:
     assert vcpu.event is None
     assert vcpu.export_state().cr0 == CR0_PE | CR0_ET | CR0_TS
     machine.close()
+
+
+def test_ins_whose_page_is_taken_away_while_the_monitor_answers(host: Host) -> None:
+    """By another vCPU. The answer goes where the page was when the instruction began."""
+    machine = SoftMachine(host)
+    with GuestMemory(16 * PAGE) as memory:
+        machine.map(0, memory.regions[0])
+        memory.write_u32(0x1000, 0x3003)  # tables: CR3, and the first page of them
+        memory.write_u32(0x3000, 0x4003)
+        vcpu = machine.add_vcpu(0)
+        vcpu.load(host.pcpus[0])
+        state = vcpu.export_state()
+        state.cr0, state.cr3, state.cs.rights = CR0_PE | CR0_ET | CR0_PG, 0x1000, RIGHTS_CODE32
+        vcpu.import_state(state)
+        in_byte = VmExit(Reason.IO, 0x60 << 16 | 1 << 4 | 1 << 3, 1, 0, instruction_info=1 << 7)
+        exit = io.handle(vcpu, in_byte)
+        assert isinstance(exit, PioExit)
+        memory.write_u32(0x3000, 0)
+        exit.data[:] = b"!"
+        machine.attention = True
+        assert vcpu.run(host.pcpus[0], 1000) is None
+        assert memory.read(0x4000, 1) == b"!"
+        assert vcpu.event is None
+        machine.close()

@@ -254,8 +254,11 @@ def _by_scratch(cpu: Cpu, instruction: iced.Instruction, operand: Any, linear: i
     if instruction.is_privileged or _FLOATING.intersection(instruction.cpuid_features()):
         raise Unemulated(str(instruction))
     for used in iced.InstructionInfoFactory().info(instruction).used_registers():
-        if not _registers.is_gpr(used.register) and used.register not in _SEGMENTS:
+        as_base = used.register in _SEGMENTS and used.access not in _WRITES
+        if not _registers.is_gpr(used.register) and not as_base:
             raise Unemulated(str(instruction))
+    if any(instruction.op_register(at) in _SEGMENTS for at in range(instruction.op_count)):
+        raise Unemulated(str(instruction))
     size = iced.MemorySizeExt.size(operand.memory_size)
     data = cpu.load(linear, size) if operand.access in _READS else bytes(size)
     scratch = _scratch(64 if cpu.bits == 64 else 32)

@@ -51,15 +51,14 @@ def poke(vcpu: SoftVcpu, gpa: int, data: bytes) -> bool:
     return True
 
 
-def read(vcpu: SoftVcpu, linear: int, size: int) -> bytes:
-    """What is no memory reads as all ones."""
-    found = pieces(vcpu, linear, size, Access.READ)
+def read(vcpu: SoftVcpu, found: list[tuple[int, int]]) -> bytes:
+    """These pieces; what is no memory reads as all ones."""
     return b"".join(peek(vcpu, gpa, length) or b"\xff" * length for gpa, length in found)
 
 
-def write(vcpu: SoftVcpu, linear: int, data: bytes) -> None:
-    """What is no memory takes nothing."""
+def write(vcpu: SoftVcpu, found: list[tuple[int, int]], data: bytes) -> None:
+    """To these pieces; what is no memory takes nothing."""
     at = 0
-    for gpa, length in pieces(vcpu, linear, len(data), Access.WRITE):
+    for gpa, length in found:
         poke(vcpu, gpa, data[at : at + length])
         at += length

@@ -75,17 +75,18 @@ def _string(vcpu: SoftVcpu, exit: VmExit, port: int, size: int) -> Exit | None:
     reading = bool(exit.qualification & _IN)
     try:
         access = Access.WRITE if reading else Access.READ
-        guest_memory.pieces(vcpu, transfer.linear, length, access)
-        data = b"" if reading else guest_memory.read(vcpu, transfer.linear, length)
+        pieces = guest_memory.pieces(vcpu, transfer.linear, length, access)
     except PageFault as error:
         vcpu.inject_page_fault(error)
         return None
     if not reading:
+        data = guest_memory.read(vcpu, pieces)
         _advance(vcpu, exit, transfer)
         return write_port(vcpu, port, size, transfer.count, data)
 
     def finish(data: bytes) -> None:
-        guest_memory.write(vcpu, transfer.linear, data)
+        """Another vCPU may have changed the tables while the monitor answered: they are not asked again."""
+        guest_memory.write(vcpu, pieces, data)
         _advance(vcpu, exit, transfer)
 
     if (first := read_chips(vcpu, port, size)) is not None:
