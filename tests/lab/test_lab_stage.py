@@ -7,9 +7,8 @@ import pytest
 pytest.importorskip("unicorn", reason="the extra `soft` is not installed")
 
 from hostel.lab.stage import Stage
-from hostel.soft.hypervisor.host import Trap
-from hostel.soft.hypervisor.machine import Paging
 from hostel.soft.vmx.events import TraceEvent
+from hostel.spec import Paging, Trap
 
 
 def trace(name: str, paging: Paging, trap: Trap) -> tuple[str, list[int], list[TraceEvent]]:
