@@ -274,3 +274,9 @@ def test_what_a_guests_kernel_waits_for() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert output.stdout.split() == []
+
+
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """pytest imports them by their base names: two alike, and none is run."""
+    names = [path.name for path in (TOP / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
