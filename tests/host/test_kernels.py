@@ -127,6 +127,8 @@ def test_release_in_a_file_is_not_trusted(store: Path, tmp_path: Path) -> None:
         ("/no/such/file", "no such file"),
         ("/dev/null", "not a regular file"),
         ("/usr", "not a regular file"),
+        ("/" + 300 * "x", "File name too long"),
+        (300 * "x", "no kernel"),
     ],
 )
 def test_what_is_no_kernel(store: Path, name: str, message: str) -> None:

@@ -34,6 +34,15 @@ def readable(text: str, what: str) -> Path:
     """The absolute path of a file or directory that the caller may read."""
     path = Path(os.path.abspath(text))
     if not os.access(path, os.R_OK):
-        reason = "cannot be read" if os.path.lexists(path) else "no such file or directory"
-        raise ImageError(f"{what} {text}: {reason}")
+        raise ImageError(f"{what} {text}: {_why_not(path)}")
     return path
+
+
+def _why_not(path: Path) -> str:
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return "no such file or directory"
+    except OSError as error:  # it may be there: a folder on the way lets the caller not in
+        return str(error.strerror)
+    return "cannot be read"

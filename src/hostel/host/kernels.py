@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Literal
 
@@ -58,7 +59,7 @@ def survey() -> tuple[Kernel, ...]:
 
 def find(name: str = "") -> Kernel:
     """The kernel of a release or a path; without a name the best one. ``ImageError`` if there is none."""
-    if "/" in name or Path(name).is_file():
+    if "/" in name or os.path.isfile(name):  # Path's raises, if the name is too long
         return _file(Path(name))
     kernels = survey()
     if not name:
@@ -162,13 +163,17 @@ def _modules(release: str, tree: Path) -> Path | None:
 
 
 def _problem(image: Path) -> str:
-    if not image.exists():
+    try:
+        status = image.stat()
+    except (FileNotFoundError, NotADirectoryError):
         return "no such file"
-    if not image.is_file():
+    except OSError as error:  # a folder on the way that lets the caller not in
+        return str(error.strerror)
+    if not stat.S_ISREG(status.st_mode):
         return "not a regular file"
     if not os.access(image, os.R_OK):
         return f"not readable by you; its owner can allow it: sudo chmod +r {image}"
-    return "" if image.stat().st_size else "empty file"
+    return "" if status.st_size else "empty file"
 
 
 def _listing(folder: Path) -> list[Path]:
