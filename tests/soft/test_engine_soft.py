@@ -113,6 +113,44 @@ WITH_UD_GATE = (
 )  # fmt: skip
 
 
+def test_rings_1_and_2(way: Soft) -> None:
+    """IRET to ring 2, INT to ring 1 on the stack that the TSS has for it, IRET back, HLT: #GP in ring 0."""
+    with soft(RINGS_1_AND_2, way) as monitor:
+        assert ending(monitor) == Ending("debug-exit", code=2 * 0b100110 + 1)
+
+
+RINGS_1_AND_2 = """
+    lgdt gdtr; lidt idtr; ljmp $0x08, $1f
+1:  mov $0x10, %ax; mov %ax, %ds; mov %ax, %ss; mov $stack0, %esp
+    mov $tss, %eax; mov %ax, tss_gate + 2; shr $16, %eax; mov %al, tss_gate + 4; mov %ah, tss_gate + 7
+    mov $0x18, %ax; ltr %ax
+    mov $refused, %eax; mov %ax, gates + 13 * 8; shr $16, %eax; mov %ax, gates + 13 * 8 + 6
+    mov $ring1, %eax; mov %ax, gates + 14 * 8; shr $16, %eax; mov %ax, gates + 14 * 8 + 6
+    push $0x3a; push $stack2; push $2; push $0x32; push $ring2; iret
+ring2: mov %cs, %ebx; and $3, %ebx; int $14; hlt
+ring1: mov %cs, %edx; and $3, %edx; mov 4(%esp), %ecx; and $3, %ecx; mov %ss, %esi; mov %esp, %edi; iret
+refused: mov 8(%esp), %eax; and $3, %eax
+    shl $2, %eax; or %edx, %eax; shl $2, %eax; or %ecx, %eax   # 2, 1, 2: where it came from, was, had been
+    cmp $2, %ebx; jne 2f; cmp $0x29, %esi; jne 2f; cmp $stack1 - 20, %edi; jne 2f
+    out %al, $0xf4
+2:  xor %eax, %eax; out %al, $0xf4
+    .balign 8
+gdt: .quad 0, 0x00cf9a000000ffff, 0x00cf92000000ffff
+tss_gate: .quad 0x0000890000000067
+    .quad 0x00cfba000000ffff, 0x00cfb2000000ffff, 0x00cfda000000ffff, 0x00cfd2000000ffff
+gdtr: .word 63; .long gdt
+idtr: .word gates + 15 * 8 - 1 - gates; .long gates
+gates: .fill 13, 8, 0
+    .word 0, 0x08, 0x8e00, 0, 0, 0x21, 0xee00, 0
+tss: .long 0, stack0, 0x10, stack1, 0x29
+    .fill 0x68, 1, 0
+    .fill 64, 1, 0
+stack1: .fill 64, 1, 0
+stack2: .fill 64, 1, 0
+stack0:
+"""
+
+
 # -- a description ----------------------------------------------------------------------------
 
 
