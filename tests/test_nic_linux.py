@@ -85,6 +85,13 @@ def exits(vm: Machine) -> int:
     return sum(sum(vcpu.values()) for vcpu in vm.statistics()["exits"])
 
 
+def exits_of(vm: Machine) -> int:
+    """Those of one transfer."""
+    before = exits(vm)
+    transfer(vm)
+    return exits(vm) - before
+
+
 def test_vhost_keeps_this_process_out_of_it() -> None:
     with machine(Nic(plane="vhost", queues=2), cpus=2) as vm:
         assert vm.plan.nics[0].plane == "vhost"
@@ -92,10 +99,9 @@ def test_vhost_keeps_this_process_out_of_it() -> None:
         assert queues == [b"rx-0", b"rx-1", b"tx-0", b"tx-1"]
         assert vm.statistics()["virtio"]["net0"]["running"] == 2
         ping(vm)
-        before = exits(vm)
-        transfer(vm)
-        # Measured: 0. What Linux does now and then beside it (a clock, a sensor) may be one or two.
-        assert exits(vm) - before < 10
+        # Measured: 0, and once 11: what Linux does now and then beside it (a line on the console). The path's
+        # own would be in each transfer.
+        assert min(exits_of(vm), exits_of(vm)) < 10
         assert not vm.statistics()["virtio"]["net0"]["fault"]
 
 
