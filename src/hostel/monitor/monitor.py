@@ -128,14 +128,14 @@ class Monitor:
         board.resize_disk(index, size)
 
     def set_link(self, nic: int, up: bool) -> None:
-        self._nic(f"net{nic}").set_link(up)
+        self._device(f"net{nic}").set_link(up)
 
     def announce(self) -> None:
         for index, nic in enumerate(self.plan.nics):
             if nic.model == "virtio":
-                self._nic(f"net{index}").announce()
+                self._device(f"net{index}").announce()
 
-    def _nic(self, name: str) -> Any:
+    def _device(self, name: str) -> Any:
         with self._lock:
             board = self._board if self._report is None else None
         devices: list[Named] = [*board.virtio, *board.cards] if board else []
@@ -152,21 +152,11 @@ class Monitor:
             return self._statistics
 
     def balloon(self, target: int | None = None) -> Balloon:
-        device = self._balloon_device()
+        device: BalloonDevice = self._device("balloon")
         if target is not None:
             device.set_target(target)
         statistics = device.ask_statistics()
         return Balloon(device.actual, device.target, statistics)
-
-    def _balloon_device(self) -> BalloonDevice:
-        from hostel.virtio.balloon import Balloon as BalloonDevice
-
-        with self._lock:
-            devices = self._board.virtio if self._board and self._report is None else []
-        for device in devices:
-            if isinstance(device, BalloonDevice):
-                return device
-        raise MachineStopped("the machine does not run")
 
     # -- what the board reports, from any thread ----------------------------------------------
 

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from hostel.abi.kvm import CPUID_FLAG_SIGNIFCANT_INDEX, CpuidEntry2
 
 from .paging.walk import PHYSICAL_BITS
-from .state import CR4_OSXSAVE
+from .state import CR4_OSXSAVE, LINEAR_BITS
 
 VENDOR, HYPERVISOR, BRAND = b"GenuineIntel", b"hostel soft\0", b"hostel software processor"
 HIGHEST, HIGHEST_EXTENDED = 0x16, 0x8000_0008
-LINEAR_BITS = 48
 SIGNATURE = 6 << 8 | 6 << 4 | 3
 """Family 6, as the processors with VMX are."""
 

@@ -23,9 +23,9 @@ from typing import NoReturn, Protocol
 
 from hostel.soft.paging.tlb import Invept, Invvpid
 from hostel.soft.silicon import Controls, Core, Event, EventType, Reason, Secondary, VmExit
-from hostel.soft.state import BLOCKED_BY_MOV_SS, EFER_LMA, SHUTDOWN, CpuState
+from hostel.soft.state import BLOCKED_BY_MOV_SS, EFER_LMA, SHUTDOWN, CpuState, canonical
 from hostel.soft.vmx import check_guest, enter, leave, msrs
-from hostel.soft.vmx.capabilities import ExitControl, canonical
+from hostel.soft.vmx.capabilities import ExitControl
 from hostel.soft.vmx.check_controls import check_controls, check_event, valid_eptp
 from hostel.soft.vmx.check_guest import GuestChecks
 from hostel.soft.vmx.check_host import check_address_space, check_host

@@ -124,3 +124,26 @@ MSR_SYSENTER_CS, MSR_SYSENTER_ESP, MSR_SYSENTER_EIP = 0x174, 0x175, 0x176
 MSR_MISC_ENABLE, MSR_PAT = 0x1A0, 0x277
 MSR_EFER, MSR_STAR, MSR_LSTAR, MSR_CSTAR, MSR_SFMASK = (0xC000_0080 + n for n in range(5))
 MSR_FS_BASE, MSR_GS_BASE, MSR_KERNEL_GS_BASE = 0xC000_0100, 0xC000_0101, 0xC000_0102
+
+HELD_MSRS = frozenset(
+    {
+        *(MSR_STAR, MSR_LSTAR, MSR_CSTAR, MSR_SFMASK, MSR_KERNEL_GS_BASE),
+        *(MSR_SYSENTER_CS, MSR_SYSENTER_ESP, MSR_SYSENTER_EIP),
+        *(MSR_PAT, MSR_TSC_AUX, MSR_MISC_ENABLE),
+    }
+)
+"""What ``CpuState.msrs`` holds of a guest."""
+ADDRESS_MSRS = frozenset(
+    {
+        *(MSR_LSTAR, MSR_CSTAR, MSR_FS_BASE, MSR_GS_BASE, MSR_KERNEL_GS_BASE),
+        *(MSR_SYSENTER_ESP, MSR_SYSENTER_EIP),
+    }
+)
+"""These hold a linear address, which must be canonical."""
+LINEAR_BITS = 48
+PAT_AT_RESET = 0x0007_0406_0007_0406
+
+
+def canonical(address: int) -> bool:
+    """Bits 63:47 are the same."""
+    return address >> LINEAR_BITS - 1 in (0, (1 << 65 - LINEAR_BITS) - 1)

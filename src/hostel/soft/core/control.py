@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from hostel.soft.exceptions import GP, UD
 from hostel.soft.silicon import Access, Primary, Reason, Secondary, VmExit
 from hostel.soft.state import (
+    ADDRESS_MSRS,
     CR0_CD,
     CR0_ET,
     CR0_NW,
@@ -30,26 +31,21 @@ from hostel.soft.state import (
     EFER_LME,
     EFER_NXE,
     EFER_SCE,
+    HELD_MSRS,
     MSR_APIC_BASE,
-    MSR_CSTAR,
     MSR_EFER,
     MSR_FS_BASE,
     MSR_GS_BASE,
-    MSR_KERNEL_GS_BASE,
-    MSR_LSTAR,
     MSR_MISC_ENABLE,
     MSR_PAT,
-    MSR_SFMASK,
-    MSR_STAR,
-    MSR_SYSENTER_CS,
-    MSR_SYSENTER_EIP,
-    MSR_SYSENTER_ESP,
     MSR_TSC,
     MSR_TSC_AUX,
+    PAT_AT_RESET,
     RAX,
     RCX,
     RDX,
     CpuState,
+    canonical,
 )
 
 from .events import Fault
@@ -76,15 +72,8 @@ _CR0_FLUSHES = CR0_PG | CR0_PE | CR0_WP
 _CR4_FLUSHES = CR4_PGE | CR4_PAE | CR4_PSE | CR4_SMEP | CR4_SMAP
 _CR4_RESERVED = ~0x37_6FFF | CR4_LA57 | CR4_VMXE | 1 << 17
 """Also what this processor has not: LA57, VMX of its own, PCID."""
-_PLAIN_MSRS = frozenset(
-    (MSR_STAR, MSR_LSTAR, MSR_CSTAR, MSR_SFMASK, MSR_KERNEL_GS_BASE, MSR_SYSENTER_CS,
-     MSR_SYSENTER_ESP, MSR_SYSENTER_EIP, MSR_PAT, MSR_TSC_AUX, MSR_MISC_ENABLE, MSR_APIC_BASE)
-)  # fmt: skip
-_CANONICAL_MSRS = frozenset(
-    (MSR_LSTAR, MSR_CSTAR, MSR_KERNEL_GS_BASE, MSR_FS_BASE, MSR_GS_BASE, MSR_SYSENTER_ESP,
-     MSR_SYSENTER_EIP)
-)  # fmt: skip
-_RESET = {MSR_PAT: 0x0007_0406_0007_0406, MSR_MISC_ENABLE: 1, MSR_APIC_BASE: 0xFEE0_0900}
+_PLAIN_MSRS = HELD_MSRS | {MSR_APIC_BASE}
+_RESET = {MSR_PAT: PAT_AT_RESET, MSR_MISC_ENABLE: 1, MSR_APIC_BASE: 0xFEE0_0900}
 
 
 # --- Control registers ---
@@ -316,7 +305,7 @@ def write_msr(core: TranslatingCore, instruction: Instruction) -> Result:
     if _msr_stops(core, index, True):
         return leave(Reason.WRMSR, instruction)
     value = state.gpr[RAX] & _LOW | (state.gpr[RDX] & _LOW) << 32
-    if index in _CANONICAL_MSRS and value >> 47 not in (0, 0x1_FFFF):
+    if index in ADDRESS_MSRS and not canonical(value):
         raise Fault(GP, 0)
     if index == MSR_TSC_AUX and value >> 32:
         raise Fault(GP, 0)

@@ -32,6 +32,7 @@ from hostel.soft.state import (
     RSP,
     CpuState,
     Segment,
+    canonical,
 )
 
 _NOT_FAULTS = frozenset((DB, NMI, BP, OF, DF, MC))
@@ -220,10 +221,6 @@ def _enter(state: CpuState, gate: _Gate, segment: Segment, rsp: int, stack: Segm
 # --- 64-bit mode ---
 
 
-def _canonical(address: int) -> bool:
-    return address >> 47 in (0, 0x1_FFFF)
-
-
 def _tss_word(state: CpuState, memory: Memory, offset: int, size: int, external: int) -> int:
     if offset + size - 1 > state.tr.limit:
         raise Fault(TS, state.tr.selector & ~3 | external)
@@ -242,7 +239,7 @@ def _long(state: CpuState, memory: Memory, event: Event, return_rip: int) -> Non
         rsp = _tss_word(state, memory, 4 + 8 * ring, 8, external)
     else:
         rsp = state.gpr[RSP]
-    if not _canonical(rsp):
+    if not canonical(rsp):
         raise Fault(SS, external)
     if ring < state.cpl:
         stack = Segment(ring, 0, 0, RIGHTS_UNUSABLE | ring << 5)

@@ -12,7 +12,7 @@ from iced_x86 import Code, Mnemonic, OpKind, Register, RegisterExt
 from hostel.soft.exceptions import DB, GP, PF, SS, UD, WITH_ERROR_CODE
 from hostel.soft.physical import PhysicalMemory
 from hostel.soft.silicon import Controls, Event, EventType, Primary, Reason, Secondary, VmExit
-from hostel.soft.state import CR0_PE, CR4_OSXSAVE, RAX, RCX, RDX
+from hostel.soft.state import CR0_PE, CR4_OSXSAVE, RAX, RCX, RDX, canonical
 
 from . import svm_decode as decode
 from . import vmcb
@@ -20,7 +20,6 @@ from .svm_exit import Exit, Handler
 from .svm_io import io
 from .svm_registers import (
     GeneralProtection,
-    canonical,
     load_control_register,
     read_msr,
     write_msr,

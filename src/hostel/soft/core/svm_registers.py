@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from hostel.soft.paging.walk import PHYSICAL_BITS
 from hostel.soft.state import (
+    ADDRESS_MSRS,
     CR0_CD,
     CR0_ET,
     CR0_NW,
@@ -18,14 +19,12 @@ from hostel.soft.state import (
     EFER_LME,
     EFER_NXE,
     EFER_SCE,
+    HELD_MSRS,
     MSR_APIC_BASE,
-    MSR_CSTAR,
     MSR_EFER,
     MSR_FS_BASE,
     MSR_GS_BASE,
-    MSR_KERNEL_GS_BASE,
     MSR_LSTAR,
-    MSR_MISC_ENABLE,
     MSR_PAT,
     MSR_SFMASK,
     MSR_STAR,
@@ -34,6 +33,7 @@ from hostel.soft.state import (
     MSR_SYSENTER_ESP,
     MSR_TSC,
     MSR_TSC_AUX,
+    PAT_AT_RESET,
     R11,
     RCX,
     RFLAGS_IF,
@@ -45,6 +45,7 @@ from hostel.soft.state import (
     RSP,
     CpuState,
     Segment,
+    canonical,
 )
 
 _U32 = 0xFFFF_FFFF
@@ -52,41 +53,10 @@ _CR0_DEFINED = 0xE005_003F
 _CR4_DEFINED = 0x35_27FF
 """Without UMIP, LA57, SMXE, PCIDE, PKE and what came later."""
 _EFER_DEFINED = EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE
-_PLAIN_MSRS = frozenset(
-    (
-        MSR_STAR,
-        MSR_LSTAR,
-        MSR_CSTAR,
-        MSR_SFMASK,
-        MSR_KERNEL_GS_BASE,
-        MSR_SYSENTER_CS,
-        MSR_SYSENTER_ESP,
-        MSR_SYSENTER_EIP,
-        MSR_PAT,
-        MSR_TSC_AUX,
-        MSR_MISC_ENABLE,
-    )
-)
-_ADDRESSES = frozenset(
-    (
-        MSR_LSTAR,
-        MSR_CSTAR,
-        MSR_FS_BASE,
-        MSR_GS_BASE,
-        MSR_KERNEL_GS_BASE,
-        MSR_SYSENTER_ESP,
-        MSR_SYSENTER_EIP,
-    )
-)
-_PAT_DEFAULT = 0x0007_0406_0007_0406
 
 
 class GeneralProtection(Exception):
     """#GP(0)."""
-
-
-def canonical(address: int) -> bool:
-    return address >> 47 in (0, 0x1FFFF)
 
 
 def load_control_register(state: CpuState, register: int, value: int) -> None:
@@ -128,8 +98,8 @@ def _load_cr0(state: CpuState, value: int) -> None:
 
 
 def read_msr(state: CpuState, number: int, tsc: int) -> int:
-    if number in _PLAIN_MSRS:
-        return state.msrs.get(number, _PAT_DEFAULT if number == MSR_PAT else 0)
+    if number in HELD_MSRS:
+        return state.msrs.get(number, PAT_AT_RESET if number == MSR_PAT else 0)
     if number == MSR_EFER:
         return state.efer
     if number in (MSR_FS_BASE, MSR_GS_BASE):
@@ -142,7 +112,7 @@ def read_msr(state: CpuState, number: int, tsc: int) -> int:
 
 
 def write_msr(state: CpuState, number: int, value: int) -> None:
-    if number in _ADDRESSES and not canonical(value):
+    if number in ADDRESS_MSRS and not canonical(value):
         raise GeneralProtection
     if number == MSR_TSC_AUX and value & ~_U32:
         raise GeneralProtection
@@ -152,7 +122,7 @@ def write_msr(state: CpuState, number: int, value: int) -> None:
         state.efer = value & ~EFER_LMA | state.efer & EFER_LMA
     elif number in (MSR_FS_BASE, MSR_GS_BASE):
         (state.fs if number == MSR_FS_BASE else state.gs).base = value
-    elif number in _PLAIN_MSRS or number == MSR_APIC_BASE:
+    elif number in HELD_MSRS or number == MSR_APIC_BASE:
         state.msrs[number] = value
     else:
         raise GeneralProtection

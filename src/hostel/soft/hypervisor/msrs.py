@@ -31,6 +31,7 @@ from hostel.soft.state import (
     MSR_TSC,
     MSR_TSC_AUX,
     MSR_TSC_DEADLINE,
+    PAT_AT_RESET,
 )
 from hostel.soft.vmx.fields import Field
 
@@ -56,7 +57,7 @@ KEPT = (MSR_MISC_ENABLE, MSR_PAT, _MTRR_DEF_TYPE, _DEBUGCTL, MSR_TSC_AUX)
 """Written and read back; they mean nothing here."""
 CONSTANT = {_MTRR_CAP: 0x500, _MICROCODE: 0, _PLATFORM_ID: 0, _FEATURE_CONTROL: 1}
 """No variable MTRRs; no VMX for the guest, and locked so."""
-RESET = {MSR_PAT: 0x0007_0406_0007_0406, _MTRR_DEF_TYPE: 0, MSR_MISC_ENABLE: 1}
+RESET = {MSR_PAT: PAT_AT_RESET, _MTRR_DEF_TYPE: 0, MSR_MISC_ENABLE: 1}
 _X2APIC = range(0x800, 0x900)
 _LAPIC = {MSR_APIC_BASE, MSR_TSC_DEADLINE}
 

@@ -18,8 +18,6 @@ REVISION = 0x68_6F73
 NO_VMCS = (1 << 64) - 1
 """The current-VMCS pointer and the VMCS link pointer, when there is none."""
 
-LINEAR_BITS = 48
-
 
 class ExitControl(IntEnum):
     """VM-exit controls (SDM vol. 3C §24.7.1)."""
@@ -129,8 +127,3 @@ def unsupported(value: int, msr: int) -> int:
 def fits(address: int) -> bool:
     """Whether a physical address is within MAXPHYADDR."""
     return not address >> PHYSICAL_BITS
-
-
-def canonical(address: int) -> bool:
-    """Bits 63:47 are the same."""
-    return address >> LINEAR_BITS - 1 in (0, (1 << 65 - LINEAR_BITS) - 1)

@@ -25,12 +25,14 @@ from hostel.soft.state import (
     EFER_LMA,
     EFER_LME,
     HALTED,
+    LINEAR_BITS,
     RFLAGS_IF,
     RFLAGS_ONE,
     RFLAGS_TF,
     RFLAGS_VM,
     SHUTDOWN,
     WAIT_FOR_SIPI,
+    canonical,
 )
 from hostel.soft.vmx.capabilities import (
     CR0_FIXED0,
@@ -38,11 +40,9 @@ from hostel.soft.vmx.capabilities import (
     CR4_FIXED0,
     CR4_FIXED1,
     EFER_KNOWN,
-    LINEAR_BITS,
     NO_VMCS,
     REVISION,
     EntryControl,
-    canonical,
     fits,
 )
 from hostel.soft.vmx.check_host import fixed, valid_pat

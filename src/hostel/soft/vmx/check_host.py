@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hostel.soft.state import CR4_PAE, EFER_LMA, EFER_LME
+from hostel.soft.state import CR4_PAE, EFER_LMA, EFER_LME, canonical
 from hostel.soft.vmx.capabilities import (
     CR0_FIXED0,
     CR0_FIXED1,
@@ -11,7 +11,6 @@ from hostel.soft.vmx.capabilities import (
     EFER_KNOWN,
     EntryControl,
     ExitControl,
-    canonical,
     fits,
 )
 from hostel.soft.vmx.check_controls import Checks

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import msgspec
 
 from hostel.soft.silicon import Secondary
-from hostel.soft.state import CR0_PE, RFLAGS_VM, Segment
-from hostel.soft.vmx.capabilities import EntryControl, canonical
+from hostel.soft.state import CR0_PE, RFLAGS_VM, Segment, canonical
+from hostel.soft.vmx.capabilities import EntryControl
 from hostel.soft.vmx.enter import secondary_of
 from hostel.soft.vmx.fields import SEGMENTS, Field
 from hostel.soft.vmx.vmcs import Vmcs

@@ -11,41 +11,28 @@ from struct import Struct
 from hostel.errors import MemoryFault
 from hostel.soft.physical import PhysicalMemory
 from hostel.soft.state import (
+    ADDRESS_MSRS,
     CR0_PG,
     EFER_LMA,
     EFER_LME,
-    MSR_CSTAR,
+    HELD_MSRS,
     MSR_EFER,
     MSR_FS_BASE,
     MSR_GS_BASE,
-    MSR_KERNEL_GS_BASE,
-    MSR_LSTAR,
-    MSR_MISC_ENABLE,
     MSR_PAT,
-    MSR_SFMASK,
-    MSR_STAR,
-    MSR_SYSENTER_CS,
-    MSR_SYSENTER_EIP,
-    MSR_SYSENTER_ESP,
-    MSR_TSC_AUX,
+    PAT_AT_RESET,
     CpuState,
+    canonical,
 )
-from hostel.soft.vmx.capabilities import CAPABILITIES, EFER_KNOWN, canonical
+from hostel.soft.vmx.capabilities import CAPABILITIES, EFER_KNOWN
 from hostel.soft.vmx.check_host import valid_pat
 from hostel.soft.vmx.enter import MSR_DEBUGCTL
 
 ENTRY = Struct("<IIQ")
 
-PLAIN = frozenset(
-    {MSR_SYSENTER_CS, MSR_MISC_ENABLE, MSR_STAR, MSR_SFMASK, MSR_TSC_AUX, MSR_DEBUGCTL}
-)
-ADDRESSES = frozenset(
-    {MSR_SYSENTER_ESP, MSR_SYSENTER_EIP, MSR_LSTAR, MSR_CSTAR, MSR_KERNEL_GS_BASE}
-)
-"""These hold a linear address, which must be canonical."""
-HELD = PLAIN | ADDRESSES | {MSR_PAT}
-"""What ``CpuState.msrs`` holds."""
-PAT_AT_RESET = 0x0007_0406_0007_0406
+HELD = HELD_MSRS | {MSR_DEBUGCTL}
+ADDRESSES = HELD & ADDRESS_MSRS
+PLAIN = HELD - ADDRESSES - {MSR_PAT}
 
 
 def read_msr(state: CpuState, number: int) -> int | None:
