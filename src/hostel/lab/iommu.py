@@ -9,7 +9,7 @@ from hostel.memory import GuestMemory, Region
 from hostel.soft import dma
 from hostel.soft.dma import CopyEngine, DirectPort, Port, TranslatedPort
 from hostel.soft.iommu import Iommu, Tables
-from hostel.soft.physical import PAGE, RAM_BASE
+from hostel.soft.physical import PAGE, RAM_BASE, PhysicalMemory
 
 from . import Drawing, Report, Step, none_of
 from . import Table as Figures
@@ -63,8 +63,8 @@ class Way:
     name = ""
     base = 0
 
-    def tell(self, scene: Scene) -> None:
-        """What the hypervisor does, in words."""
+    words: tuple[Step, ...] = ()
+    """What is done to give it, told once."""
 
     def port(self, scene: Scene, memory: GuestMemory) -> Port:
         raise NotImplementedError
@@ -89,12 +89,12 @@ class Way:
 
 class Emulated(Way):
     name = "emulated"
-
-    def tell(self, scene: Scene) -> None:
-        scene.say(
+    words = (
+        Step(
             "monitor", "emulates it: each register is an exit; the monitor copies, and checks each"
-        )
-        scene.say("monitor", "guest address against the machine's memory")
+        ),
+        Step("monitor", "guest address against the machine's memory"),
+    )
 
     def port(self, scene: Scene, memory: GuestMemory) -> Port:
         return DirectPort(memory)
@@ -102,11 +102,11 @@ class Emulated(Way):
 
 class EmulatedBehindOwn(Way):
     name = "emulated, guest's own IOMMU"
-
-    def tell(self, scene: Scene) -> None:
-        scene.say(
+    words = (
+        Step(
             "guest", "has an IOMMU of its own: one page to read, one to write, in tables of its own"
-        )
+        ),
+    )
 
     def port(self, scene: Scene, memory: GuestMemory) -> Port:
         iommu = Iommu(memory)
@@ -127,10 +127,10 @@ class EmulatedBehindOwn(Way):
 class PassedThrough(Way):
     name = "passed through, no IOMMU"
     base = MY_BASE
-
-    def tell(self, scene: Scene) -> None:
-        scene.say("monitor", "maps the registers into the guest and steps aside: no exit, no check")
-        scene.say("guest", f"must know where its memory really is: at {self.base:#x} on this bus")
+    words = (
+        Step("monitor", "maps the registers into the guest and steps aside: no exit, no check"),
+        Step("guest", f"must know where its memory really is: at {MY_BASE:#x} on this bus"),
+    )
 
     def port(self, scene: Scene, memory: GuestMemory) -> Port:
         return DirectPort(scene.bus)
@@ -151,24 +151,24 @@ class PassedThrough(Way):
 class BehindTheHosts(PassedThrough):
     name = "passed through, host's IOMMU"
     base = 0
-
-    def tell(self, scene: Scene) -> None:
-        scene.say(
+    words = (
+        Step(
             "monitor", "maps the registers into the guest, and gives the device a domain in which"
-        )
-        scene.say("monitor", f"address 0 is {MY_BASE:#x}, and nothing else is")
+        ),
+        Step("monitor", f"address 0 is {MY_BASE:#x}, and nothing else is"),
+    )
 
     def port(self, scene: Scene, memory: GuestMemory) -> Port:
-        iommu = assigned(scene, memory.size)
+        iommu = assigned(scene.bus, memory.size)
         iommu.on_entry = lambda name, at, value: scene.say(
             "IOMMU", f"reads {name} entry at {at:#x}: {value:#x}"
         )
         return TranslatedPort(iommu, scene.bus, SOURCE_ID)
 
 
-def assigned(scene: Scene, size: int) -> Iommu:
+def assigned(bus: PhysicalMemory, size: int) -> Iommu:
     """The host's, with the device in a domain that holds the guest's memory and nothing else."""
-    tables, iommu = Tables(scene.bus), Iommu(scene.bus)
+    tables, iommu = Tables(bus), Iommu(bus)
     table = tables.domain()
     tables.assign(SOURCE_ID, 1, table)
     tables.map(table, 0, MY_BASE, size)
@@ -215,16 +215,11 @@ def run(arguments: Sequence[str] = ()) -> Report:
     rows: list[tuple[str, ...]] = []
     for make in WAYS:
         way = make()
-        steps.append(Step("—", way.name))
+        steps += [Step("—", way.name), *way.words]
         row = [way.name]
         for target in TARGETS:
             reached, told = attempt(way, target)
             row.append(_REACHED if reached else _STOPPED)
-            if target == TARGETS[0]:
-                with Stage() as stage:
-                    introduced = Scene(stage)
-                    way.tell(introduced)
-                steps += introduced.steps
             steps += told
         rows.append(tuple(row))
     first, again = walk_costs()
@@ -250,8 +245,8 @@ def run(arguments: Sequence[str] = ()) -> Report:
 
 def walk_costs() -> tuple[int, int]:
     """Table entries read for the first translation of a page, and for the second."""
-    with Stage() as stage:
-        iommu = assigned(Scene(stage), 64 << 20)
+    with PhysicalMemory(frames=16) as bus:
+        iommu = assigned(bus, 64 << 20)
         iommu.translate(SOURCE_ID, OWN_AT, is_write=False)
         first = iommu.statistics.references
         iommu.translate(SOURCE_ID, OWN_AT, is_write=False)
