@@ -15,20 +15,11 @@ from typing import Any
 import msgspec
 
 from hostel.boot.load import load_kernel
-from hostel.hypervisor import (
-    Exit,
-    HaltExit,
-    Interrupted,
-    MmioExit,
-    PioExit,
-    ShutdownExit,
-    System,
-    Vcpu,
-    Vm,
-)
+from hostel.hypervisor import Exit, System, Vcpu, Vm
 from hostel.kvm import System as KvmSystem
 from hostel.memory import PAGE, GuestMemory
 from hostel.soft import mini
+from hostel.soft.mini.surroundings import Surroundings
 from hostel.soft.vm import System as SoftSystem
 from hostel.spec import Paging, Trap
 from hostel.vmm import layout
@@ -95,8 +86,7 @@ class _Run:
 
     def __init__(self, vcpus: list[Vcpu]) -> None:
         self.vcpus = vcpus
-        self.said = bytearray()
-        self.writes: list[tuple[int, bytes]] = []
+        self.around = Surroundings()
         self.ends = ""
         self.done = threading.Event()
         self.error: BaseException | None = None
@@ -113,31 +103,8 @@ class _Run:
 
     def answer(self, exit: Exit) -> str:
         """How the guest has ended; "" if it goes on."""
-        match exit:
-            case PioExit():
-                return self.port(exit)
-            case HaltExit():
-                return "halt"
-            case ShutdownExit():
-                return "shutdown"
-            case MmioExit(is_write=False):
-                exit.data[:] = b"\xff" * len(exit.data)
-            case MmioExit():
-                self.writes.append((exit.address, bytes(exit.data)))
-            case Interrupted():
-                pass
-            case _:
-                return f"{exit}"
-        return ""
-
-    def port(self, exit: PioExit) -> str:
-        if not exit.is_write:
-            exit.data[:] = (b"\xe9" if exit.port == 0xE9 else b"\xff") * len(exit.data)
-        elif exit.port == 0xE9:
-            self.said += exit.data
-        elif exit.port == 0xF4:
-            return "exit" if exit.data[0] == 0 else f"exit {exit.data[0]}"
-        return ""
+        ends = self.around.answer(exit)
+        return f"exit {self.around.code}" if ends == "exit" and self.around.code else ends
 
     def until_end(self, patience: float = PATIENCE) -> None:
         threads = [threading.Thread(target=self.serve, args=(vcpu,)) for vcpu in self.vcpus]
@@ -156,7 +123,7 @@ class _Run:
 
 def play(machine: Machine, name: str, **parameters: int) -> Outcome:
     with _played(machine, name, parameters) as (run, memory):
-        said, writes = run.said.decode("latin-1"), tuple(run.writes)
+        said, writes = run.around.words, tuple(run.around.writes)
         return Outcome(run.ends, said, mini.results(memory), writes)
 
 
@@ -180,8 +147,7 @@ def _played(
     changes: Mapping[int, int] = MappingProxyType({}),
     patience: float = PATIENCE,
 ) -> Iterator[tuple[_Run, GuestMemory]]:
-    guest = mini.guest(name)
-    guest = msgspec.structs.replace(guest, parameters=guest.parameters | parameters)
+    guest = mini.guest(name, **parameters)
     with GuestMemory(guest.memory) as memory:
         entry = load_kernel(memory, mini.image(name, **parameters))
         for address, byte in changes.items():

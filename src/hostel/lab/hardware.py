@@ -10,15 +10,14 @@ import msgspec
 
 from hostel.boot.load import load_kernel
 from hostel.errors import GuestError, HostelError
-from hostel.hypervisor import HaltExit, Interrupted, MmioExit, PioExit, ShutdownExit
+from hostel.hypervisor import Interrupted
 from hostel.kvm import System, Vcpu
 from hostel.kvm.stats import Stats
-from hostel.memory import GuestMemory
+from hostel.memory import PAGE, GuestMemory
 from hostel.soft import mini
+from hostel.soft.mini.surroundings import ENDINGS, Surroundings
 from hostel.vmm import layout
 from hostel.vmm.irq import pin_routes
-
-from .stage import CONSOLE, EXIT
 
 DEADLINE = 60.0
 
@@ -58,28 +57,28 @@ def paging() -> str:
 
 def play(name: str, **parameters: int) -> Run:
     """Run it to its end. ``GuestError`` if it does not come to one in a minute."""
-    known = mini.guest(name)
-    guest = msgspec.structs.replace(known, parameters=known.parameters | parameters)
+    guest = mini.guest(name, **parameters)
     with ExitStack() as undo:
         memory = undo.enter_context(GuestMemory(guest.memory))
         entry = load_kernel(memory, mini.image(name, **parameters))
         system = undo.enter_context(System())
         vm = undo.enter_context(system.create_vm())
-        vm.set_identity_map_address(layout.HYPERVISOR_PAGES)
-        vm.set_tss_address(layout.HYPERVISOR_PAGES + 0x1000)
         for slot, region in enumerate(memory.regions):
             vm.map(slot, region)
         if guest.irqchip:
-            vm.create_irqchip()
-            vm.create_pit()
+            vm.create_chipset(layout.HYPERVISOR_PAGES)
             vm.set_gsi_routes(pin_routes())
+        else:
+            vm.set_identity_map_address(layout.HYPERVISOR_PAGES)
+            vm.set_tss_address(layout.HYPERVISOR_PAGES + PAGE)
         vcpu = undo.enter_context(vm.create_vcpu(0))
         vcpu.set_cpuid(system.supported_cpuid())
         entry.apply(vcpu)
-        said, ended, returns = _serve(vcpu, name)
+        around = Surroundings()
+        ended, returns = _serve(vcpu, around, name)
         of_vm = undo.enter_context(closing(vm.open_stats()))
         of_vcpu = undo.enter_context(closing(vcpu.open_stats()))
-        return Run(said.decode("latin-1"), ended, returns, _plain(of_vm), _plain(of_vcpu))
+        return Run(around.words, ended, returns, _plain(of_vm), _plain(of_vcpu))
 
 
 def _plain(statistics: Stats) -> dict[str, int]:
@@ -87,8 +86,9 @@ def _plain(statistics: Stats) -> dict[str, int]:
     return {name: value for name, value in values.items() if isinstance(value, int)}
 
 
-def _serve(vcpu: Vcpu, name: str) -> tuple[bytes, str, int]:
-    said, returns = bytearray(), 0
+def _serve(vcpu: Vcpu, around: Surroundings, name: str) -> tuple[str, int]:
+    """How it ended, and how often KVM_RUN came back."""
+    returns = 0
     late = threading.Event()
 
     def interrupt() -> None:
@@ -102,24 +102,10 @@ def _serve(vcpu: Vcpu, name: str) -> tuple[bytes, str, int]:
         while True:
             exit = vcpu.run()
             returns += 1
-            match exit:
-                case PioExit(port=port, is_write=True) if port == CONSOLE:
-                    said += exit.data
-                case PioExit(port=port, is_write=True) if port == EXIT:
-                    return bytes(said), "exit", returns
-                case PioExit(port=port, is_write=False):
-                    exit.data[:] = (b"\xe9" if port == CONSOLE else b"\xff") * len(exit.data)
-                case MmioExit(is_write=False):
-                    exit.data[:] = b"\xff" * len(exit.data)
-                case PioExit() | MmioExit():
-                    pass
-                case HaltExit():
-                    return bytes(said), "halt", returns
-                case ShutdownExit():
-                    return bytes(said), "shutdown", returns
-                case Interrupted() if not late.is_set():
-                    pass
-                case _:
-                    raise GuestError(f"the mini guest {name} on KVM ended with {exit}")
+            ended = around.answer(exit)
+            if ended in ENDINGS:
+                return ended, returns
+            if ended or (isinstance(exit, Interrupted) and late.is_set()):
+                raise GuestError(f"the mini guest {name} on KVM ended with {exit}")
     finally:
         timer.cancel()

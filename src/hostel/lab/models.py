@@ -12,10 +12,11 @@ from pathlib import Path
 
 from hostel.host.process import Helper
 from hostel.hypervisor import Exit, PioExit
+from hostel.soft.mini.surroundings import CONSOLE
 
 from . import Drawing, Report, Step, Table, hardware, none_of
 from .service import END, REQUEST, SWITCHES
-from .stage import CONSOLE, Stage
+from .stage import Stage
 
 QUESTION = (
     "Who drives the devices? A hypervisor that is an operating system itself has the drivers; one in a host "

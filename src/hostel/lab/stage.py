@@ -15,23 +15,21 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-import msgspec
-
 from hostel.boot.entry import initial_regs, initial_sregs
 from hostel.boot.load import load_kernel
 from hostel.errors import GuestError
-from hostel.hypervisor import Exit, HaltExit, MmioExit, PioExit, ShutdownExit
+from hostel.hypervisor import Exit
 from hostel.memory import GuestMemory
 from hostel.soft import mini, registers
 from hostel.soft.cpuid import supported
 from hostel.soft.hypervisor.host import Host
 from hostel.soft.hypervisor.machine import SoftMachine
 from hostel.soft.hypervisor.vcpu import SoftVcpu
+from hostel.soft.mini.surroundings import ENDINGS, Surroundings
 from hostel.soft.pcpu import PhysicalCpu
 from hostel.soft.vmx.events import TraceEvent
 from hostel.spec import Paging, Trap
 
-CONSOLE, EXIT = 0xE9, 0xF4
 SLICE = 100_000
 """Guest instructions of a vCPU until the next one has its turn, where nothing else is said."""
 
@@ -80,9 +78,8 @@ class Actor:
     """Made by ``Stage.actor``."""
 
     def __init__(self, stage: Stage, name: str, paging: Paging, parameters: dict[str, int]) -> None:
-        known = mini.guest(name)
-        self.guest = msgspec.structs.replace(known, parameters=known.parameters | parameters)
-        self.said = bytearray()
+        self.guest = mini.guest(name, **parameters)
+        self._surroundings = Surroundings()
         self.ended = ""
         """How: ``exit``, ``halt``, ``shutdown``; empty while it runs."""
         self.answers: list[Answer] = []
@@ -147,24 +144,10 @@ class Actor:
         """As the monitor would: the console, the debug exit; nobody else is there."""
         if any(answer(exit) for answer in self.answers):
             return
-        match exit:
-            case PioExit(port=port, is_write=True) if port == CONSOLE:
-                self.said += exit.data
-            case PioExit(port=port, is_write=True) if port == EXIT:
-                self.ended = "exit"
-            case PioExit(port=port, is_write=False):
-                byte = b"\xe9" if port == CONSOLE else b"\xff"
-                exit.data[:] = byte * len(exit.data)
-            case MmioExit(is_write=False):
-                exit.data[:] = b"\xff" * len(exit.data)
-            case PioExit() | MmioExit():
-                pass
-            case HaltExit():
-                self.ended = "halt"
-            case ShutdownExit():
-                self.ended = "shutdown"
-            case _:
+        if ended := self._surroundings.answer(exit):
+            if ended not in ENDINGS:
                 raise GuestError(f"the mini guest {self.guest.name} ended with {exit}")
+            self.ended = ended
 
     def has_ended_by(self, exit: Exit) -> bool:
         """``answer``, for a scheduler."""
@@ -173,7 +156,7 @@ class Actor:
 
     @property
     def words(self) -> str:
-        return self.said.decode("latin-1")
+        return self._surroundings.words
 
     def close(self) -> None:
         self.machine.close()

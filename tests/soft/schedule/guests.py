@@ -6,17 +6,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import cast
 
-import msgspec
-
 from hostel.abi import kvm as abi
 from hostel.boot.load import load_kernel
-from hostel.hypervisor import Exit, MmioExit, PioExit, ShutdownExit, Vcpu
+from hostel.hypervisor import Exit, Vcpu
 from hostel.memory import GuestMemory
 from hostel.soft import cpuid, mini, registers
 from hostel.soft.cpuid import Cpuid
 from hostel.soft.hypervisor.host import Host
 from hostel.soft.hypervisor.machine import SoftMachine
 from hostel.soft.hypervisor.vcpu import SoftVcpu
+from hostel.soft.mini.surroundings import Surroundings
 from hostel.soft.pcpu import PhysicalCpu
 from hostel.soft.schedule.scheduler import Scheduler
 from hostel.soft.schedule.vcpu import ScheduledVcpu
@@ -53,7 +52,7 @@ class Guest:
     ) -> None:
         self.name = name
         self.memory = memory
-        self.said = ""
+        self._around = Surroundings()
         self.ends = ""
         self.expected = guest.console
         self.machine = SoftMachine(host, paging=paging)
@@ -69,20 +68,12 @@ class Guest:
         entry = load_kernel(memory, mini.image(guest.name, **guest.parameters))
         entry.apply(cast(Vcpu, FirstState(vcpus[0], host.pcpus[0])))
 
+    @property
+    def said(self) -> str:
+        return self._around.words
+
     def answer(self, exit: Exit) -> bool:
-        match exit:
-            case PioExit(is_write=True, port=0xE9):
-                self.said += bytes(exit.data).decode("latin-1")
-            case PioExit(is_write=True, port=0xF4):
-                self.ends = "exit"
-            case PioExit(is_write=False) | MmioExit(is_write=False):
-                exit.data[:] = b"\xff" * len(exit.data)
-            case PioExit() | MmioExit():
-                pass
-            case ShutdownExit():
-                self.ends = "shutdown"
-            case _:
-                self.ends = str(exit)
+        self.ends = self._around.answer(exit) or self.ends
         return bool(self.ends)
 
 
@@ -95,8 +86,7 @@ class Guests:
         self._paging = paging
 
     def start(self, name: str, **parameters: int) -> Guest:
-        known = mini.guest(name)
-        guest = msgspec.structs.replace(known, parameters=known.parameters | parameters)
+        guest = mini.guest(name, **parameters)
         memory = self._undo.enter_context(GuestMemory(guest.memory))
         made = Guest(f"{name}{len(self.guests)}", self.host, memory, self._paging, guest)
         self._undo.callback(made.machine.close)

@@ -57,13 +57,15 @@ def names() -> tuple[str, ...]:
     return tuple(GUESTS)
 
 
-def guest(name: str) -> Guest:
+def guest(name: str, **parameters: int) -> Guest:
+    """A row of the table, with these parameters in place of its own."""
     try:
-        return GUESTS[name]
+        row = GUESTS[name]
     except KeyError:
         raise SpecError(
             f"there is no mini guest {name!r}", cure=f"one of: {', '.join(GUESTS)}"
         ) from None
+    return msgspec.structs.replace(row, parameters=row.parameters | parameters)
 
 
 def image(name: str, **parameters: int) -> Path:
