@@ -137,12 +137,13 @@ class Network:
         kernel.ip(
             [
                 f"tuntap add dev {tap} mode tap vnet_hdr {several}",
-                f"link set {tap} addrgenmode none",  # first: below an MTU of 1280 there is no IPv6
+                f"link set {tap} arp off addrgenmode none",  # before an MTU below 1280: no IPv6 there
                 f"link set {tap} mtu {mtu} master {self._bridge} up",
                 f"link set {tap} type bridge_slave hairpin on",  # its own published port
                 f"neigh replace {guest.address} lladdr {guest.mac} dev {self._bridge} nud permanent",
             ]
         )
+        kernel.silence(tap)
         self._load()  # nobody has the tap open before we have answered
 
     def detach(self, number: int) -> None:

@@ -55,11 +55,12 @@ class Bridge(_Links):
             kernel.ip(
                 [
                     f"tuntap add dev {tap} mode tap vnet_hdr {several}",
-                    f"link set {tap} addrgenmode none",  # first: below an MTU of 1280 there is no IPv6
+                    f"link set {tap} arp off addrgenmode none",  # before an MTU below 1280: no IPv6
                     f"link set {tap} mtu {mtu} master {self._target}",
                     f"link set {tap} up",
                 ]
             )
+            kernel.silence(tap)
         except HostError:
             self.detach(number)
             raise

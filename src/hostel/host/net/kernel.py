@@ -21,6 +21,8 @@ SYSCTL = "/proc/sys/net/"
 SIOCGIFHWADDR, SIOCETHTOOL = 0x8927, 0x8946
 GDRVINFO, ARPHRD_ETHER = 3, 1
 SIOCGIFMTU = 0x8921
+TAP_SYSCTLS = {"ipv6/conf/{}/disable_ipv6": "1", "ipv4/conf/{}/rp_filter": "1"}
+"""``rp_filter``: no route leads back to a tap, so that no sender is the right one (ip-sysctl.rst)."""
 
 
 def find(program: str) -> str:
@@ -93,6 +95,14 @@ def set_sysctl(name: str, value: str) -> None:
             cost="guests would not reach what they should",
             cure="run where /proc/sys may be written, or use --net user",
         ) from None
+
+
+def silence(tap: str) -> None:
+    """A port of a bridge has no IP layer of its own. Yet a bridge gives it what comes for a link-local MAC
+    (``rules``, ``early``): a guest could advertise itself as the host's IPv6 router there."""
+    for path, value in TAP_SYSCTLS.items():
+        if sysctl(path.format(tap)) is not None:
+            set_sysctl(path.format(tap), value)
 
 
 def interfaces() -> set[str]:

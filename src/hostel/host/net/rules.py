@@ -5,7 +5,8 @@
     guest ─► tap ─► bridge table, prerouting: the guest's own MAC and address, ARP and IPv4, or nothing
                      │ and to the bridge's own MAC: frames go to the host's IP layer only
                      ▼
-    inet table    early      nothing to 127.0.0.0/8 (route_localnet is on for published ports)
+    inet table    early      nothing of a tap's own: see there; nothing to 127.0.0.0/8 (route_localnet
+                             is on for published ports)
                   inward     DNS of the bridge's address to the keeper; published ports to guests
                   to_host    what a guest may ask of the host
                   through    what it may reach; what may reach it
@@ -167,13 +168,16 @@ def _limited(view: View, prefix: str) -> Iterator[str]:
         yield f"ip saddr vmap {{ {jumps} }}"
 
 
+def _early(view: View) -> Iterator[str]:
+    """A bridge hands frames to 01:80:c2:00:00:02 and following (IEEE 802.1D §7.12.6) to the IP layer of the
+    port itself, past its own table: IPv4, and IPv6 with router advertisements that the host would believe."""
+    yield f'iifname "{view.bridge}-*" drop'
+    yield f'iifname "{view.bridge}" ip daddr 127.0.0.0/8 drop'
+
+
 def _translation(view: View) -> Iterator[str]:
     bridge, gateway = f'"{view.bridge}"', view.gateway
-    yield from chain(
-        "early",
-        "type filter hook prerouting priority raw;",
-        [f"iifname {bridge} ip daddr 127.0.0.0/8 drop"],
-    )
+    yield from chain("early", "type filter hook prerouting priority raw;", _early(view))
     dns = f"iifname {bridge} ip daddr {gateway}"
     listed = [guest.address for guest in view.guests if guest.allow is not None]
     yield from chain(

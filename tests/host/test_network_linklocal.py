@@ -1,0 +1,178 @@
+"""Frames to link-local MACs: a bridge hands them to the IP layer of its *port*, past its own rules.
+
+By them a guest could talk to the host's IPv4 and IPv6, and advertise itself as the host's IPv6 router,
+whatever its network is. The control sends the same frames by a tap that nobody protects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from guests.namespaces import HOST, Guest, Namespace, missing, world
+from hostel.host.interface import Attachment, GuestLink, Interface
+from hostel.host.network import attach
+from hostel.spec import Nic
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+
+HOST_V6, GUEST_V6, ALL_NODES = "2001:db8::1", "fe80::5", "ff02::1"
+MARK, PORT = b"past the rules", 443
+GROUPS = [bytes.fromhex(f"0180c20000{last:02x}") for last in range(16)]
+"""The first is the bridge's own if it speaks STP, else it is forwarded as any other."""
+GUEST_MAC, GUEST_V4 = "02:00:00:00:00:51", "10.98.0.2"
+ROUTER = "an advertised prefix or router"
+
+
+@pytest.fixture
+def host() -> Iterator[Namespace]:
+    with world() as (host, _):
+        host.run(
+            f"ip -6 addr add {HOST_V6}/64 dev eth0 nodad",
+            "ip link add br7 type bridge",
+            "ip link set br7 up",
+        )
+        yield host
+
+
+@contextlib.contextmanager
+def bare(host: Namespace) -> Iterator[Attachment]:
+    """A tap on a bridge as anybody would make them."""
+    host.run("ip tuntap add t0 mode tap", "ip link set t0 master br7", "ip link set t0 up")
+    interface = Interface(model="virtio", plane="python", backend="tap", target="t0", mac=GUEST_MAC)
+    yield Attachment(interface, GuestLink(mac=GUEST_MAC, addresses=(f"{GUEST_V4}/24",)))
+
+
+@contextlib.contextmanager
+def ours(nic: Nic, folder: Path) -> Iterator[Attachment]:
+    with attach([nic], [], folder, "", cpus=1) as networks:
+        yield networks.attachments[0]
+
+
+def checksum(data: bytes) -> int:
+    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def ipv4(source: str, target: str) -> bytes:
+    body = struct.pack(">HHHH", 4000, PORT, 8 + len(MARK), 0) + MARK
+    header = bytearray(struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(body), 1, 0, 64, 17, 0))
+    header += socket.inet_aton(source) + socket.inet_aton(target)
+    header[10:12] = checksum(bytes(header)).to_bytes(2, "big")
+    return b"\x08\x00" + header + body
+
+
+def ipv6(target: str, protocol: int, body: bytes, sum_at: int) -> bytes:
+    """Hop limit 255: of this link (RFC 4861 §6.1.2)."""
+    source, to = (socket.inet_pton(socket.AF_INET6, text) for text in (GUEST_V6, target))
+    pseudo = source + to + struct.pack(">II", len(body), protocol)
+    total = checksum(pseudo + body + bytes(len(body) % 2))
+    body = body[:sum_at] + total.to_bytes(2, "big") + body[sum_at + 2 :]
+    return (
+        b"\x86\xdd" + struct.pack(">IHBB", 6 << 28, len(body), protocol, 255) + source + to + body
+    )
+
+
+def advertisement() -> bytes:
+    """A router for half an hour, and a prefix (RFC 4861 §4.2, §4.6.2)."""
+    prefix = socket.inet_pton(socket.AF_INET6, "2001:db8:bad::")
+    body = struct.pack(">BBHBBHII", 134, 0, 0, 64, 0, 1800, 0, 0)
+    body += struct.pack(">BBBBIII", 3, 4, 64, 0xC0, 86400, 14400, 0) + prefix
+    return ipv6(ALL_NODES, 58, body, 2)
+
+
+def request(mac: bytes, address: str) -> bytes:
+    """ARP: who has the host's address?"""
+    body = struct.pack(">HHBBH", 1, 0x0800, 6, 4, 1) + mac + socket.inet_aton(address)
+    return b"\x08\x06" + body + bytes(6) + socket.inet_aton(HOST)
+
+
+def listener(host: Namespace, family: int, address: str) -> socket.socket:
+    sock = host.socket(socket.SOCK_DGRAM, family)
+    sock.bind((address, PORT))
+    sock.setblocking(False)
+    return sock
+
+
+def got(sock: socket.socket, wanted: Callable[[bytes], bool] = bool) -> bool:
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            if wanted(sock.recv(4096)):
+                return True
+    return False
+
+
+def is_reply(frame: bytes) -> bool:
+    return frame[12:14] == b"\x08\x06" and frame[20:22] == b"\0\2"
+
+
+def intrusions(host: Namespace, attachment: Attachment, groups: list[bytes] = GROUPS) -> list[str]:
+    """What the host takes from such frames."""
+    with contextlib.ExitStack() as stack:
+        guest = Guest(host, attachment)
+        stack.callback(guest.close)
+        address = guest.address or GUEST_V4
+        v4 = stack.enter_context(listener(host, socket.AF_INET, HOST))
+        v6 = stack.enter_context(listener(host, socket.AF_INET6, HOST_V6))
+        with guest.inside():
+            wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        stack.enter_context(wire)
+        wire.bind(("eth0", 0))
+        own = bytes.fromhex(guest.mac.replace(":", ""))
+        datagram = struct.pack(">HHHH", 4000, PORT, 8 + len(MARK), 0) + MARK
+        for group in groups:
+            for packet in (
+                ipv4(address, HOST),
+                ipv6(HOST_V6, 17, datagram, 6),
+                advertisement(),
+                request(own, address),
+            ):
+                wire.send(group + own + packet)
+        time.sleep(0.3)
+        wire.setblocking(False)
+        routes = host.run("ip -6 route", "ip -6 addr")
+        found = {
+            "IPv4": got(v4),
+            "IPv6": got(v6),
+            ROUTER: "2001:db8:bad" in routes or GUEST_V6 in routes,
+            "ARP": got(wire, is_reply),
+        }
+    return [what for what, there in found.items() if there]
+
+
+def test_they_are_good_frames(host: Namespace) -> None:
+    with bare(host) as attachment:
+        assert intrusions(host, attachment, GROUPS[1:]) == ["IPv4", "IPv6", ROUTER, "ARP"]
+
+
+@pytest.mark.parametrize(
+    "nic",
+    [Nic(), Nic(mode="isolated"), Nic(allow=("192.0.2.1",))],
+    ids=["nat", "isolated", "allow"],
+)
+def test_the_host_takes_none_of_them(host: Namespace, tmp_path: Path, nic: Nic) -> None:
+    with ours(nic, tmp_path) as attachment:
+        assert intrusions(host, attachment) == []
+
+
+def test_on_a_bridge_of_the_hosts(host: Namespace, tmp_path: Path) -> None:
+    """There the guest is a neighbour of the host's, by the bridge and not past it."""
+    with ours(Nic(mode="bridge", target="br7"), tmp_path) as attachment:
+        assert intrusions(host, attachment, GROUPS[1:]) == []
+
+
+def test_the_rules_alone_keep_them_out(host: Namespace, tmp_path: Path) -> None:
+    """Also if somebody else sets the taps' switches back, as a host's network manager may."""
+    with ours(Nic(mode="isolated"), tmp_path) as attachment:
+        for path in ("ipv6/conf/{}/disable_ipv6", "ipv4/conf/{}/rp_filter"):
+            name = path.format(attachment.interface.target)
+            Path("/proc/sys/net", name).write_text("0")
+        assert intrusions(host, attachment) == []
