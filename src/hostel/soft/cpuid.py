@@ -26,6 +26,7 @@ _LEAF_1_EDX = {
     "tsc": 4,
     "msr": 5,
     "pae": 6,
+    "mce": 7,
     "cx8": 8,
     "apic": 9,
     "sep": 11,
@@ -44,6 +45,8 @@ _LEAF_1_ECX = {"sse3": 0, "ssse3": 9, "cx16": 13, "sse41": 19, "sse42": 20, "pop
 _LEAF_7_EBX = {"fsgsbase": 0, "smep": 7, "smap": 20}
 _EXTENDED_EDX = {"syscall": 11, "nx": 20, "pdpe1gb": 26, "rdtscp": 27, "lm": 29}
 _EXTENDED_ECX = {"lahf": 0}
+FEATURES = frozenset({*_LEAF_1_EDX, *_LEAF_1_ECX, *_LEAF_7_EBX, *_EXTENDED_EDX, *_EXTENDED_ECX})
+"""By the names that they have in these tables."""
 
 
 def _bits(features: dict[str, int]) -> int:

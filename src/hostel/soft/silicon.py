@@ -12,6 +12,7 @@ walks tables by itself, the guest's and ours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
@@ -70,6 +71,9 @@ class Mmu(Protocol):
         What it returns depends on RFLAGS.AC where CR4.SMAP is set: a core that keeps it asks again
         when AC has changed.
         """
+
+    def pointers(self, controls: Controls, cr3: int) -> Sequence[int]:
+        """PAE's four PDPTEs, as a load of CR3 reads them (SDM vol. 3A §4.4.1); ``EptFault``."""
 
     def invalidate(self, controls: Controls, address: int) -> None:
         """INVLPG, executed by the guest without an exit."""

@@ -100,6 +100,9 @@ class PlainMmu:
         low = (1 << shift) - 1
         return table & ~low | address & low, writable, not never
 
+    def pointers(self, controls: Controls, cr3: int) -> list[int]:
+        return [self._memory.read_u64((cr3 & 0xFFFF_FFE0) + 8 * n) for n in range(4)]
+
     def invalidate(self, controls: Controls, address: int) -> None:
         self.flushes.append(address)
 

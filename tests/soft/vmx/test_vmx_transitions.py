@@ -23,7 +23,6 @@ from hostel.soft.state import (
     Table,
 )
 from hostel.soft.vmx.capabilities import EntryControl, ExitControl
-from hostel.soft.vmx.enter import MSR_DEBUGCTL
 from hostel.soft.vmx.fields import Field
 from soft.vmx.vmx_world import GOOD, ScriptedCore, Seen, World, world
 

@@ -8,29 +8,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hostel.soft import register_checks
 from hostel.soft.exceptions import GP, UD
 from hostel.soft.silicon import Access, Primary, Reason, Secondary, VmExit
 from hostel.soft.state import (
-    ADDRESS_MSRS,
-    CR0_CD,
-    CR0_ET,
-    CR0_NW,
     CR0_PE,
     CR0_PG,
     CR0_TS,
     CR0_WP,
-    CR4_LA57,
     CR4_PAE,
     CR4_PGE,
     CR4_PSE,
     CR4_SMAP,
     CR4_SMEP,
     CR4_TSD,
-    CR4_VMXE,
-    EFER_LMA,
-    EFER_LME,
     EFER_NXE,
-    EFER_SCE,
     HELD_MSRS,
     MSR_APIC_BASE,
     MSR_EFER,
@@ -45,7 +37,6 @@ from hostel.soft.state import (
     RCX,
     RDX,
     CpuState,
-    canonical,
 )
 
 from .events import Fault
@@ -70,8 +61,6 @@ _LOW = 0xFFFF_FFFF
 _TO, _FROM, _CLTS, _LMSW = 0, 1, 2, 3
 _CR0_FLUSHES = CR0_PG | CR0_PE | CR0_WP
 _CR4_FLUSHES = CR4_PGE | CR4_PAE | CR4_PSE | CR4_SMEP | CR4_SMAP
-_CR4_RESERVED = ~0x37_6FFF | CR4_LA57 | CR4_VMXE | 1 << 17
-"""Also what this processor has not: LA57, VMX of its own, PCID."""
 _PLAIN_MSRS = HELD_MSRS | {MSR_APIC_BASE}
 _RESET = {MSR_PAT: PAT_AT_RESET, MSR_MISC_ENABLE: 1, MSR_APIC_BASE: 0xFEE0_0900}
 
@@ -120,8 +109,10 @@ def move_to_control(core: TranslatingCore, instruction: Instruction) -> Result:
         return _access(instruction, number, _TO, gpr)
     if number == 2:
         state.cr2 = value
-    elif number in _SETTERS:
-        _SETTERS[number](core, value)
+    elif number == 8:
+        state.cr8 = register_checks.cr8(value)
+    elif number in (0, 3, 4):
+        _load(core, number, value)
     else:
         raise Fault(UD)
     return Outcome.DONE
@@ -139,48 +130,25 @@ def _stops(core: TranslatingCore, number: int, value: int) -> bool:
     return number == 8 and bool(controls.primary & Primary.CR8_LOAD)
 
 
-def set_cr0(core: TranslatingCore, value: int) -> None:
-    state, mask = core.state, core.controls.cr0_mask
-    new = state.cr0 & mask | value & ~mask | CR0_ET
-    paging, was = new & CR0_PG, state.cr0 & CR0_PG
-    wrong = new >> 32 or (paging and not new & CR0_PE) or (new & CR0_NW and not new & CR0_CD)
-    if wrong or (not paging and was and state.bits == 64):
-        raise Fault(GP, 0)
-    if paging and not was and state.efer & EFER_LME:
-        if not state.cr4 & CR4_PAE or state.cs.rights & 1 << 13:
-            raise Fault(GP, 0)
-        state.efer |= EFER_LMA
-    elif was and not paging:
-        state.efer &= ~EFER_LMA
-    changed = new ^ state.cr0
-    state.cr0 = new
-    if changed & _CR0_FLUSHES:
-        core.flush_all(keep_global=False)
-
-
-def set_cr3(core: TranslatingCore, value: int) -> None:
-    core.state.cr3 = value & ~(1 << 63)
-    core.flush_all(keep_global=True)
-
-
-def set_cr4(core: TranslatingCore, value: int) -> None:
-    state, mask = core.state, core.controls.cr4_mask
-    new = state.cr4 & mask | value & ~mask
-    if new & ~mask & _CR4_RESERVED or (state.efer & EFER_LMA and not new & CR4_PAE):
-        raise Fault(GP, 0)
-    changed = new ^ state.cr4
-    state.cr4 = new
-    if changed & _CR4_FLUSHES:
-        core.flush_all(keep_global=False)
-
-
-def set_cr8(core: TranslatingCore, value: int) -> None:
-    if value >> 4:
-        raise Fault(GP, 0)
-    core.state.cr8 = value
-
-
-_SETTERS = {0: set_cr0, 3: set_cr3, 4: set_cr4, 8: set_cr8}
+def _load(core: TranslatingCore, number: int, value: int) -> None:
+    """MOV to CR0, CR3 or CR4; the hypervisor's bits stay as they are (SDM vol. 3C §25.3)."""
+    state, controls = core.state, core.controls
+    if number == 0:
+        value = state.cr0 & controls.cr0_mask | value & ~controls.cr0_mask
+    elif number == 4:
+        value = state.cr4 & controls.cr4_mask | value & ~controls.cr4_mask
+    after = register_checks.load(
+        state,
+        number,
+        value,
+        lambda cr3: core.mmu.pointers(controls, cr3),
+        code64=state.bits == 64,
+        cr4_known=register_checks.CR4_SILICON,
+    )
+    changed = (after.cr0 ^ state.cr0) & _CR0_FLUSHES or (after.cr4 ^ state.cr4) & _CR4_FLUSHES
+    state.cr0, state.cr3, state.cr4, state.efer = after.cr0, after.cr3, after.cr4, after.efer
+    if number == 3 or changed:
+        core.flush_all(keep_global=number == 3)
 
 
 def clear_task_switched(core: TranslatingCore, instruction: Instruction) -> Result:
@@ -208,7 +176,7 @@ def load_machine_status(core: TranslatingCore, instruction: Instruction) -> Resu
             offset = effective_address(state, instruction)
             at = linear(state, instruction.memory_segment, offset, 2, Access.READ)
         return leave(Reason.CR_ACCESS, instruction, _LMSW << 4 | rest, linear=at)
-    set_cr0(core, state.cr0 & ~0xE | source & 0xF)
+    _load(core, 0, state.cr0 & ~0xE | source & 0xF)
     return Outcome.DONE
 
 
@@ -305,14 +273,12 @@ def write_msr(core: TranslatingCore, instruction: Instruction) -> Result:
     if _msr_stops(core, index, True):
         return leave(Reason.WRMSR, instruction)
     value = state.gpr[RAX] & _LOW | (state.gpr[RDX] & _LOW) << 32
-    if index in ADDRESS_MSRS and not canonical(value):
-        raise Fault(GP, 0)
-    if index == MSR_TSC_AUX and value >> 32:
-        raise Fault(GP, 0)
+    if index == MSR_EFER:
+        _set_efer(core, value)
+        return Outcome.DONE
+    value = register_checks.msr(index, value)
     if index in _PLAIN_MSRS:
         state.msrs[index] = value
-    elif index == MSR_EFER:
-        _set_efer(core, value)
     elif index == MSR_FS_BASE:
         state.fs.base = value
     elif index == MSR_GS_BASE:
@@ -324,11 +290,7 @@ def write_msr(core: TranslatingCore, instruction: Instruction) -> Result:
 
 def _set_efer(core: TranslatingCore, value: int) -> None:
     state = core.state
-    known = EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE
-    changes_mode = (value ^ state.efer) & EFER_LME and state.cr0 & CR0_PG
-    if value & ~known or changes_mode:
-        raise Fault(GP, 0)
-    new = value & ~EFER_LMA | state.efer & EFER_LMA
+    new = register_checks.efer(state, value)
     changed = new ^ state.efer
     state.efer = new
     if changed & EFER_NXE:

@@ -22,9 +22,10 @@ import threading
 
 from hostel.errors import MemoryFault
 from hostel.soft.exceptions import GP, PF, UD, fault
-from hostel.soft.paging.nested import FINAL, EptWalker
+from hostel.soft.paging.nested import FINAL, EptWalker, pointers_of
 from hostel.soft.paging.walk import asked
 from hostel.soft.physical import PAGE, PhysicalMemory, Span
+from hostel.soft.register_checks import Refused
 from hostel.soft.silicon import (
     Access,
     Controls,
@@ -55,7 +56,7 @@ from .svm_exit import Exit, on_top
 from .svm_exits import HANDLERS
 from .svm_host import REQUEST_EVENT, REQUEST_WINDOW, Processor, address_of
 from .svm_memory import GuestView
-from .svm_registers import GeneralProtection, syscall, sysenter
+from .svm_registers import syscall, sysenter
 from .vmcb import Vmcb
 
 _OWN_HPA = (1 << 40) - (64 << 20)
@@ -308,6 +309,8 @@ class SvmCore:
             return self._on_top(vectoring, exit.inject)
         if result is None:
             self._block.budget -= 1
+            if exit.code == vmcb.WRITE_CR + 3:
+                self._key = (None, *self._key[1:])  # it flushes, whatever its value
         return result, None
 
     def _exit(self, code: int, vectoring: Event | None) -> Exit:
@@ -324,6 +327,7 @@ class SvmCore:
             self._fetcher.instruction(self._state),
             self.statistics.instructions + self._start - block.budget,
             self._read,
+            lambda cr3: pointers_of(self._physical, self._controls, cr3),
             vectoring,
         )
 
@@ -361,7 +365,7 @@ class SvmCore:
                 sysenter(state)
             elif not syscall(state, exit.instruction.len):
                 return fault(UD)
-        except GeneralProtection:
+        except Refused:
             return fault(GP)
         return None
 

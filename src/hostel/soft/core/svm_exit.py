@@ -9,6 +9,7 @@ from iced_x86 import Instruction, OpKind
 
 from hostel.soft.exceptions import DF, TripleFault, combine
 from hostel.soft.physical import PhysicalMemory
+from hostel.soft.register_checks import Pointers
 from hostel.soft.silicon import Controls, Event, EventType, Primary, Reason, VmExit
 from hostel.soft.state import CpuState
 
@@ -34,6 +35,7 @@ class Exit(msgspec.Struct):
     """Guest instructions so far."""
     read: Callable[[int, int], bytes]
     """Guest memory by linear address, as a supervisor; may raise ``PageFault``."""
+    pointers: Pointers
     vectoring: Event | None = None
     inject: Event | None = None
 

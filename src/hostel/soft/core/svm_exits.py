@@ -11,6 +11,7 @@ from iced_x86 import Code, Mnemonic, OpKind, Register, RegisterExt
 
 from hostel.soft.exceptions import DB, GP, PF, SS, UD, WITH_ERROR_CODE
 from hostel.soft.physical import PhysicalMemory
+from hostel.soft.register_checks import Refused
 from hostel.soft.silicon import Controls, Event, EventType, Primary, Reason, Secondary, VmExit
 from hostel.soft.state import CR0_PE, CR4_OSXSAVE, RAX, RCX, RDX, canonical
 
@@ -18,12 +19,7 @@ from . import svm_decode as decode
 from . import vmcb
 from .svm_exit import Exit, Handler
 from .svm_io import io
-from .svm_registers import (
-    GeneralProtection,
-    load_control_register,
-    read_msr,
-    write_msr,
-)
+from .svm_registers import load_control_register, read_msr, write_msr
 
 _U32 = 0xFFFF_FFFF
 _VMX = {
@@ -106,7 +102,7 @@ def _msr(exit: Exit, physical: PhysicalMemory) -> VmExit | None:
         else:
             value = read_msr(state, number, exit.tsc)
             state.gpr[RAX], state.gpr[RDX] = value & _U32, value >> 32
-    except GeneralProtection:
+    except Refused:
         return exit.fault(GP, 0)
     return exit.skip()
 
@@ -130,7 +126,8 @@ def _write_cr(exit: Exit, _: PhysicalMemory) -> VmExit | None:
 def _cr_write_exits(controls: Controls, register: int, value: int) -> tuple[bool, int]:
     """Whether it does, and which bits the hypervisor keeps if not (SDM vol. 3C §25.1.3)."""
     if register == 3:
-        return value not in controls.cr3_targets, 0
+        stops = controls.primary & Primary.CR3_LOAD and value not in controls.cr3_targets
+        return bool(stops), 0
     if register == 8:
         return bool(controls.primary & Primary.CR8_LOAD), 0
     if register == 4:
@@ -140,8 +137,8 @@ def _cr_write_exits(controls: Controls, register: int, value: int) -> tuple[bool
 
 def _go_on(exit: Exit, register: int, value: int) -> VmExit | None:
     try:
-        load_control_register(exit.state, register, value)
-    except GeneralProtection:
+        load_control_register(exit.state, register, value, exit.pointers)
+    except Refused:
         return exit.fault(GP, 0)
     return exit.skip()
 

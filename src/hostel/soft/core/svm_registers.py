@@ -1,23 +1,15 @@
 """Control registers, MSRs, SYSCALL and SYSENTER: what the core carries out where nobody intercepts.
 
 Unicorn's own versions check little (a bad CR0 is taken as it is, an unknown MSR reads 0, SYSCALL is left
-to a hook), so the rules stand here, on ``CpuState``, by the manual.
+to a hook). What may be loaded is said by ``register_checks.py``; the rest stands here, on ``CpuState``.
 """
 
 from __future__ import annotations
 
-from hostel.soft.paging.walk import PHYSICAL_BITS
+from hostel.soft import register_checks
+from hostel.soft.register_checks import Pointers, Refused
 from hostel.soft.state import (
-    ADDRESS_MSRS,
-    CR0_CD,
-    CR0_ET,
-    CR0_NW,
     CR0_PE,
-    CR0_PG,
-    CR4_PAE,
-    EFER_LMA,
-    EFER_LME,
-    EFER_NXE,
     EFER_SCE,
     HELD_MSRS,
     MSR_APIC_BASE,
@@ -32,7 +24,6 @@ from hostel.soft.state import (
     MSR_SYSENTER_EIP,
     MSR_SYSENTER_ESP,
     MSR_TSC,
-    MSR_TSC_AUX,
     PAT_AT_RESET,
     R11,
     RCX,
@@ -45,56 +36,25 @@ from hostel.soft.state import (
     RSP,
     CpuState,
     Segment,
-    canonical,
 )
 
 _U32 = 0xFFFF_FFFF
-_CR0_DEFINED = 0xE005_003F
-_CR4_DEFINED = 0x35_27FF
-"""Without UMIP, LA57, SMXE, PCIDE, PKE and what came later."""
-_EFER_DEFINED = EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE
 
 
-class GeneralProtection(Exception):
-    """#GP(0)."""
-
-
-def load_control_register(state: CpuState, register: int, value: int) -> None:
-    """MOV to CR0, 3, 4, 8 (SDM vol. 2B, MOV—control registers); may raise #GP."""
-    if register == 0:
-        _load_cr0(state, value)
-    elif register == 3:
-        if state.long_mode and value & ~_U32 >> PHYSICAL_BITS << PHYSICAL_BITS & (1 << 63) - 1:
-            raise GeneralProtection
-        state.cr3 = value & (1 << PHYSICAL_BITS) - 1
-    elif register == 4:
-        if value & ~_CR4_DEFINED or (state.long_mode and not value & CR4_PAE):
-            raise GeneralProtection
-        state.cr4 = value
-    else:
-        if value > 15:
-            raise GeneralProtection
-        state.cr8 = value
-
-
-def _load_cr0(state: CpuState, value: int) -> None:
-    if value & ~_U32 or (value & CR0_PG and not value & CR0_PE):
-        raise GeneralProtection
-    if value & CR0_NW and not value & CR0_CD:
-        raise GeneralProtection
-    value = value & _CR0_DEFINED | CR0_ET
-    code64 = state.cs.rights >> 13 & 1
-    turned_on = value & ~state.cr0 & CR0_PG
-    turned_off = state.cr0 & ~value & CR0_PG
-    if turned_on and state.efer & EFER_LME:
-        if not state.cr4 & CR4_PAE or code64:
-            raise GeneralProtection
-        state.efer |= EFER_LMA
-    elif turned_off:
-        if state.efer & EFER_LMA and code64:
-            raise GeneralProtection
-        state.efer &= ~EFER_LMA
-    state.cr0 = value
+def load_control_register(state: CpuState, register: int, value: int, pointers: Pointers) -> None:
+    """MOV to CR0, 3, 4, 8; may raise ``Refused``."""
+    if register == 8:
+        state.cr8 = register_checks.cr8(value)
+        return
+    after = register_checks.load(
+        state,
+        register,
+        value,
+        pointers,
+        code64=state.bits == 64,
+        cr4_known=register_checks.CR4_SILICON,
+    )
+    state.cr0, state.cr3, state.cr4, state.efer = after.cr0, after.cr3, after.cr4, after.efer
 
 
 def read_msr(state: CpuState, number: int, tsc: int) -> int:
@@ -108,24 +68,20 @@ def read_msr(state: CpuState, number: int, tsc: int) -> int:
         return tsc
     if number == MSR_APIC_BASE:
         return state.msrs.get(number, 0xFEE0_0900)
-    raise GeneralProtection
+    raise Refused
 
 
 def write_msr(state: CpuState, number: int, value: int) -> None:
-    if number in ADDRESS_MSRS and not canonical(value):
-        raise GeneralProtection
-    if number == MSR_TSC_AUX and value & ~_U32:
-        raise GeneralProtection
     if number == MSR_EFER:
-        if value & ~_EFER_DEFINED or ((value ^ state.efer) & EFER_LME and state.cr0 & CR0_PG):
-            raise GeneralProtection
-        state.efer = value & ~EFER_LMA | state.efer & EFER_LMA
-    elif number in (MSR_FS_BASE, MSR_GS_BASE):
+        state.efer = register_checks.efer(state, value)
+        return
+    value = register_checks.msr(number, value)
+    if number in (MSR_FS_BASE, MSR_GS_BASE):
         (state.fs if number == MSR_FS_BASE else state.gs).base = value
     elif number in HELD_MSRS or number == MSR_APIC_BASE:
         state.msrs[number] = value
     else:
-        raise GeneralProtection
+        raise Refused
 
 
 def syscall(state: CpuState, length: int) -> bool:
@@ -142,10 +98,10 @@ def syscall(state: CpuState, length: int) -> bool:
 
 
 def sysenter(state: CpuState) -> None:
-    """SDM vol. 2B; may raise #GP."""
+    """SDM vol. 2B; may raise ``Refused``."""
     selector = state.msrs.get(MSR_SYSENTER_CS, 0) & 0xFFFC
     if not state.cr0 & CR0_PE or not selector:
-        raise GeneralProtection
+        raise Refused
     state.rflags &= ~(RFLAGS_VM | RFLAGS_IF | RFLAGS_RF)
     mask = (1 << 64) - 1 if state.long_mode else _U32
     state.gpr[RSP] = state.msrs.get(MSR_SYSENTER_ESP, 0) & mask

@@ -20,8 +20,9 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from hostel.soft.exceptions import DB, PF
+from hostel.soft.exceptions import DB, GP, PF
 from hostel.soft.physical import PAGE, PhysicalMemory
+from hostel.soft.register_checks import Refused
 from hostel.soft.silicon import (
     Access,
     Controls,
@@ -212,6 +213,8 @@ class TranslatingCore:
             return work()
         except Fault as fault:
             return self.raise_fault(fault)
+        except Refused:
+            return self.raise_fault(Fault(GP, 0))
         except PageFault as fault:
             return self.raise_fault(Fault(PF, fault.code, cr2=fault.address))
         except EptFault as fault:

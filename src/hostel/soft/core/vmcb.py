@@ -119,7 +119,7 @@ class Vmcb:
         if exceptions & (1 << _BP | 1 << _OF):
             intercept |= 1 << SWINT - 0x60
         reads = 1 << 8 | bool(cr0) | bool(cr4) << 4 | bool(primary & Primary.CR3_STORE) << 3
-        writes = 1 << 0 | 1 << 4 | 1 << 8 | bool(primary & Primary.CR3_LOAD) << 3
+        writes = 1 << 0 | 1 << 3 | 1 << 4 | 1 << 8  # QEMU checks none of these values
         debug = 0xFF if primary & Primary.MOV_DR else 0
         _INTERCEPTS.pack_into(self._page, 0, reads, writes, debug, debug, exceptions, intercept)
         _U64.pack_into(self._page, _NESTED_CONTROL, bool(nested))

@@ -9,19 +9,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hostel.errors import HostError
+from hostel.soft import register_checks
 from hostel.soft.exceptions import GP, fault
 from hostel.soft.irqchip.lapic import Refused as LapicRefused
 from hostel.soft.physical import PAGE
+from hostel.soft.register_checks import Refused
 from hostel.soft.silicon import VmExit
 from hostel.soft.state import (
     MSR_APIC_BASE,
     MSR_CSTAR,
+    MSR_DEBUGCTL,
     MSR_EFER,
     MSR_FS_BASE,
     MSR_GS_BASE,
     MSR_KERNEL_GS_BASE,
     MSR_LSTAR,
     MSR_MISC_ENABLE,
+    MSR_MTRR_DEF_TYPE,
     MSR_PAT,
     MSR_SFMASK,
     MSR_STAR,
@@ -35,7 +39,7 @@ from hostel.soft.state import (
 )
 from hostel.soft.vmx.fields import Field
 
-from .control_registers import Refused, guest, set_efer
+from .control_registers import guest, set_efer
 
 if TYPE_CHECKING:
     from .vcpu import SoftVcpu
@@ -51,13 +55,12 @@ _FIELDS: dict[int, Field] = {
     MSR_SYSENTER_ESP: Field.GUEST_SYSENTER_ESP,
     MSR_SYSENTER_EIP: Field.GUEST_SYSENTER_EIP,
 }
-_MTRR_CAP, _MTRR_DEF_TYPE, _MICROCODE, _PLATFORM_ID = 0xFE, 0x2FF, 0x8B, 0x17
-_DEBUGCTL, _FEATURE_CONTROL = 0x1D9, 0x3A
-KEPT = (MSR_MISC_ENABLE, MSR_PAT, _MTRR_DEF_TYPE, _DEBUGCTL, MSR_TSC_AUX)
+_MTRR_CAP, _MICROCODE, _PLATFORM_ID, _FEATURE_CONTROL = 0xFE, 0x8B, 0x17, 0x3A
+KEPT = (MSR_MISC_ENABLE, MSR_PAT, MSR_MTRR_DEF_TYPE, MSR_DEBUGCTL, MSR_TSC_AUX)
 """Written and read back; they mean nothing here."""
 CONSTANT = {_MTRR_CAP: 0x500, _MICROCODE: 0, _PLATFORM_ID: 0, _FEATURE_CONTROL: 1}
 """No variable MTRRs; no VMX for the guest, and locked so."""
-RESET = {MSR_PAT: PAT_AT_RESET, _MTRR_DEF_TYPE: 0, MSR_MISC_ENABLE: 1}
+RESET = {MSR_PAT: PAT_AT_RESET, MSR_MTRR_DEF_TYPE: 0, MSR_MISC_ENABLE: 1}
 _X2APIC = range(0x800, 0x900)
 _LAPIC = {MSR_APIC_BASE, MSR_TSC_DEADLINE}
 
@@ -117,14 +120,10 @@ def write(vcpu: SoftVcpu, index: int, value: int) -> None:
     elif index == MSR_TSC:
         vcpu.lapic.tsc_offset = value - vcpu.machine.now
         vcpu.write(Field.TSC_OFFSET, vcpu.lapic.tsc_offset & (1 << 64) - 1)
-    elif index == MSR_PAT:
-        if any(value >> at & 0xFF not in (0, 1, 4, 5, 6, 7) for at in range(0, 64, 8)):
-            raise Refused
-        vcpu.state.msrs[index] = value
     elif index in _FIELDS:
-        vcpu.write(_FIELDS[index], value)
+        vcpu.write(_FIELDS[index], register_checks.msr(index, value))
     elif index in KEPT or index in PASSED:
-        vcpu.state.msrs[index] = value
+        vcpu.state.msrs[index] = register_checks.msr(index, value)
     elif index not in (_MICROCODE,):  # an update: ignored
         raise Refused
 

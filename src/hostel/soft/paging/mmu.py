@@ -24,7 +24,7 @@ from hostel.soft.silicon import Access, Controls, EptFault, PageFault, Secondary
 from hostel.soft.state import CR4_PGE, CpuState
 
 from .nested import EXECUTE as EPT_EXECUTE
-from .nested import FINAL, LINEAR_VALID, WRITE, EptMemory, EptPage, EptWalker
+from .nested import FINAL, LINEAR_VALID, WRITE, EptMemory, EptPage, EptWalker, pointers_of
 from .tlb import Invept, Invvpid, Tlb, TlbEntry
 from .walk import ADDRESS, Asked, Walk, asked, mark, permits, walk
 
@@ -122,6 +122,9 @@ class PagingMmu:
             self.statistics.page_faults += 1
         else:
             self.statistics.ept_faults += 1
+
+    def pointers(self, controls: Controls, cr3: int) -> list[int]:
+        return pointers_of(self.physical, controls, cr3)
 
     # --- Invalidation ---
 

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from hostel.errors import MemoryFault
 from hostel.soft.physical import PhysicalMemory
-from hostel.soft.silicon import Access, EptFault, Reason
+from hostel.soft.silicon import Access, Controls, EptFault, Reason, Secondary
 
-from .walk import ADDRESS, PHYSICAL_BITS, Step, bits
+from .walk import ADDRESS, PHYSICAL_BITS, Step, TableMemory, bits, pointers
 
 READ, WRITE, EXECUTE = 1, 2, 4
 RIGHTS = READ | WRITE | EXECUTE
@@ -125,16 +126,19 @@ def _malformed_page(value: int, level: int) -> bool:
 
 
 class EptMemory:
-    """Guest-physical memory as the processor reaches it while it walks guest tables: through the EPT."""
+    """Guest-physical memory as the processor reaches it while it walks guest tables: through the EPT.
 
-    def __init__(self, walker: EptWalker) -> None:
+    ``cause``: of violations; a load of CR3 reads its table for no linear address."""
+
+    def __init__(self, walker: EptWalker, cause: int = LINEAR_VALID) -> None:
         self._walker = walker
+        self._cause = cause
         self._physical = walker.physical
         self.references = 0
         """Guest table entries that were read; those of the EPT are counted by the walker."""
 
     def _at(self, gpa: int, access: Access) -> int:
-        return self._walker.translate(gpa, access, LINEAR_VALID).address
+        return self._walker.translate(gpa, access, self._cause).address
 
     def read_u32(self, gpa: int) -> int:
         self.references += 1
@@ -149,3 +153,14 @@ class EptMemory:
 
     def write_u64(self, gpa: int, value: int) -> None:
         self._physical.write_u64(self._at(gpa, Access.WRITE), value)
+
+
+def pointers_of(physical: PhysicalMemory, controls: Controls, cr3: int) -> list[int]:
+    """What ``silicon.Mmu.pointers`` gives; nothing is there: all ones."""
+    memory: TableMemory = physical
+    if controls.secondary & Secondary.EPT:
+        memory = EptMemory(EptWalker(physical, controls.ept_pointer, 0), cause=0)
+    try:
+        return pointers(memory, cr3)
+    except MemoryFault:
+        return [2**64 - 1] * 4

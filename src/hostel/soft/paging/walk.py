@@ -13,7 +13,8 @@ hypervisor's software, the tests' reference. It differs by the ``TableMemory`` i
   succeed: from the top down, the dirty bit last and by a write only. A walk that faults leaves no mark
   (SDM vol. 3A §4.8 lets a processor do so, and not do so).
 - A PAE guest's four PDPTEs are read as part of each walk, as AMD has it under nested paging (APM vol. 2
-  §15.25.10); Intel reads them when CR3 is loaded (SDM vol. 3A §4.4.1).
+  §15.25.10); Intel keeps what it read when CR3 was loaded (SDM vol. 3A §4.4.1). ``pointers`` reads them for
+  the checks that come with that load.
 - Which physical address bits there are is ``PHYSICAL_BITS``; those above are reserved.
 """
 
@@ -124,12 +125,14 @@ LONG = Format(
     ),
 )
 _PAE_ABOVE = bits(62, PHYSICAL_BITS)
+PDPTE_RESERVED = bits(63, PHYSICAL_BITS) | bits(8, 5) | bits(2, 1)
+"""Of one that is present (table 4-8)."""
 PAE = Format(
     "PAE",
     8,
     bits(31, 5),
     (  # tables 4-8 to 4-11
-        Level(3, 30, 3, bits(63, PHYSICAL_BITS) | bits(8, 5) | bits(2, 1), plain=True),
+        Level(3, 30, 3, PDPTE_RESERVED, plain=True),
         Level(2, 21, 511, _PAE_ABOVE, _PAE_ABOVE | bits(20, 13)),
         Level(1, 12, 511, _PAE_ABOVE),
     ),
@@ -167,6 +170,11 @@ class Walk(NamedTuple):
     format: Format | None
     """None: paging is off."""
     steps: tuple[Step, ...]
+
+
+def pointers(memory: TableMemory, cr3: int) -> list[int]:
+    """PAE's four PDPTEs (SDM vol. 3A §4.4.1)."""
+    return [memory.read_u64((cr3 & PAE.root) + 8 * number) for number in range(4)]
 
 
 def format_of(registers: ControlRegisters) -> Format | None:

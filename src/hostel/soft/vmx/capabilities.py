@@ -10,6 +10,7 @@ from __future__ import annotations
 from enum import IntEnum
 
 from hostel.soft.paging.walk import PHYSICAL_BITS
+from hostel.soft.register_checks import CR4_SILICON
 from hostel.soft.silicon import Pin, Primary, Secondary
 from hostel.soft.vmx.fields import Field
 
@@ -80,9 +81,8 @@ CR0_FIXED0 = bits(0, 5, 31)
 """PE, NE and PG: always 1 in VMX operation (§23.8); a guest's PE and PG may be 0 if it is unrestricted."""
 CR0_FIXED1 = 0xFFFF_FFFF
 CR4_FIXED0 = bits(13)
-CR4_FIXED1 = bits(*range(12), 13, 16, 18, 20, 21)
-"""VME … UMIP, VMXE, FSGSBASE, OSXSAVE, SMEP, SMAP. No LA57 and no PCIDE: four levels, one PCID."""
-EFER_KNOWN = bits(0, 8, 10, 11)
+CR4_FIXED1 = CR4_SILICON
+"""No LA57 and no PCIDE: four levels, one PCID."""
 
 CR3_TARGETS = 4
 MSR_LIST_LIMIT = 512

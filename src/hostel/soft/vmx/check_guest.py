@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from struct import Struct
 
-from hostel.soft.paging.walk import PHYSICAL_BITS
+from hostel.soft.paging.walk import PDPTE_RESERVED
 from hostel.soft.physical import PhysicalMemory
+from hostel.soft.register_checks import EFER_KNOWN, valid_pat
 from hostel.soft.silicon import EventType, Pin, Secondary
 from hostel.soft.state import (
     ACTIVE,
@@ -39,13 +40,12 @@ from hostel.soft.vmx.capabilities import (
     CR0_FIXED1,
     CR4_FIXED0,
     CR4_FIXED1,
-    EFER_KNOWN,
     NO_VMCS,
     REVISION,
     EntryControl,
     fits,
 )
-from hostel.soft.vmx.check_host import fixed, valid_pat
+from hostel.soft.vmx.check_host import fixed
 from hostel.soft.vmx.check_segments import check_segments
 from hostel.soft.vmx.enter import EVENT_VALID, secondary_of
 from hostel.soft.vmx.fields import Field
@@ -63,7 +63,6 @@ DEBUGCTL_KNOWN, DEBUGCTL_BTF = 3, 2
 RFLAGS_RESERVED = ~0x3F_FFFF | 1 << 15 | 1 << 5 | 1 << 3
 PENDING_BS = 1 << 14
 PENDING_RESERVED = ~0x1_FFFF | 1 << 16 | 0xFF0 | 1 << 13 | 1 << 15
-PDPTE_RESERVED = 0x1E6 | (1 << 64) - (1 << PHYSICAL_BITS)
 
 
 def ruled_by(vmcs: Vmcs, decoded: Decoded) -> tuple[int, ...]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from hostel.soft.register_checks import EFER_KNOWN, valid_pat
 from hostel.soft.state import CR4_PAE, EFER_LMA, EFER_LME, canonical
 from hostel.soft.vmx.capabilities import (
     CR0_FIXED0,
     CR0_FIXED1,
     CR4_FIXED0,
     CR4_FIXED1,
-    EFER_KNOWN,
     EntryControl,
     ExitControl,
     fits,
@@ -16,9 +16,6 @@ from hostel.soft.vmx.capabilities import (
 from hostel.soft.vmx.check_controls import Checks
 from hostel.soft.vmx.fields import Field
 from hostel.soft.vmx.vmcs import Vmcs
-
-PAT_TYPES = frozenset({0, 1, 4, 5, 6, 7})
-"""UC, WC, WT, WP, WB, UC- (SDM vol. 3A §11.12.2)."""
 
 
 def check_host(vmcs: Vmcs) -> Checks:
@@ -31,10 +28,6 @@ def check_host(vmcs: Vmcs) -> Checks:
 def fixed(value: int, fixed0: int, fixed1: int) -> bool:
     """Whether a control register is one that VMX operation supports (§23.8)."""
     return value & fixed0 == fixed0 and not value & ~fixed1
-
-
-def valid_pat(pat: int) -> bool:
-    return all(pat >> shift & 0xFF in PAT_TYPES for shift in range(0, 64, 8))
 
 
 def _control_registers(vmcs: Vmcs) -> Checks:

@@ -14,6 +14,7 @@ from hostel.soft.state import (
     CR0_PG,
     EFER_LMA,
     EFER_LME,
+    MSR_DEBUGCTL,
     MSR_PAT,
     MSR_SYSENTER_CS,
     MSR_SYSENTER_EIP,
@@ -27,7 +28,6 @@ from hostel.soft.vmx.capabilities import CR3_TARGETS, EntryControl
 from hostel.soft.vmx.fields import GUEST, Field
 from hostel.soft.vmx.vmcs import Decoded, Vmcs
 
-MSR_DEBUGCTL = 0x1D9
 CR0_KEPT = CR0_ET | CR0_NW | CR0_CD | 0x1FFD_FFC0 & ~(1 << 16 | 1 << 18)
 """What VM entry does not load: ET, NW, CD, and the reserved bits (§26.3.2.1)."""
 SELECTORS, LIMITS, RIGHTS, BASES = (

@@ -9,30 +9,24 @@ from collections.abc import Callable
 from struct import Struct
 
 from hostel.errors import MemoryFault
+from hostel.soft import register_checks
 from hostel.soft.physical import PhysicalMemory
+from hostel.soft.register_checks import Refused
 from hostel.soft.state import (
-    ADDRESS_MSRS,
-    CR0_PG,
-    EFER_LMA,
-    EFER_LME,
     HELD_MSRS,
+    MSR_DEBUGCTL,
     MSR_EFER,
     MSR_FS_BASE,
     MSR_GS_BASE,
     MSR_PAT,
     PAT_AT_RESET,
     CpuState,
-    canonical,
 )
-from hostel.soft.vmx.capabilities import CAPABILITIES, EFER_KNOWN
-from hostel.soft.vmx.check_host import valid_pat
-from hostel.soft.vmx.enter import MSR_DEBUGCTL
+from hostel.soft.vmx.capabilities import CAPABILITIES
 
 ENTRY = Struct("<IIQ")
 
 HELD = HELD_MSRS | {MSR_DEBUGCTL}
-ADDRESSES = HELD & ADDRESS_MSRS
-PLAIN = HELD - ADDRESSES - {MSR_PAT}
 
 
 def read_msr(state: CpuState, number: int) -> int | None:
@@ -50,28 +44,18 @@ def read_msr(state: CpuState, number: int) -> int | None:
 
 def write_msr(state: CpuState, number: int, value: int) -> bool:
     """WRMSR; False where it would be #GP."""
-    if number == MSR_EFER:
-        return _write_efer(state, value)
-    if number in (MSR_FS_BASE, MSR_GS_BASE):
-        if canonical(value):
-            (state.fs if number == MSR_FS_BASE else state.gs).base = value
-        return canonical(value)
-    good = (
-        number in PLAIN
-        or (number in ADDRESSES and canonical(value))
-        or (number == MSR_PAT and valid_pat(value))
-    )
-    if good:
-        state.msrs[number] = value
-    return good
-
-
-def _write_efer(state: CpuState, value: int) -> bool:
-    """LMA cannot be written; LME not changed while paging is on (SDM vol. 3A §4.1.1)."""
-    changed = (value ^ state.efer) & EFER_LME
-    if value & ~EFER_KNOWN or (changed and state.cr0 & CR0_PG):
+    try:
+        if number == MSR_EFER:
+            state.efer = register_checks.efer(state, value)
+        elif number in (MSR_FS_BASE, MSR_GS_BASE):
+            segment = state.fs if number == MSR_FS_BASE else state.gs
+            segment.base = register_checks.msr(number, value)
+        elif number in HELD:
+            state.msrs[number] = register_checks.msr(number, value)
+        else:
+            return False
+    except Refused:
         return False
-    state.efer = value & ~EFER_LMA | state.efer & EFER_LMA
     return True
 
 
