@@ -12,6 +12,7 @@ from hostel.soft.state import (
     EFER_LME,
     EFER_NXE,
     EFER_SCE,
+    MSR_DEBUGCTL,
     MSR_LSTAR,
     MSR_PAT,
     MSR_SYSENTER_CS,
