@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("unicorn", reason="the extra 'soft' is not installed")
 
 from hostel.soft.silicon import Event, EventType, Pin, Reason, VmExit
-from hostel.soft.state import RSP
+from hostel.soft.state import RBX, RSP
 from soft.core.svm_rig import CODE, GDT, IDT, STACK, TSS, SvmGuest
 
 _DIGITS = """
@@ -66,3 +66,24 @@ def test_every_entry_ends(seed: int) -> None:
             if exit.reason is Reason.TRIPLE_FAULT:
                 break
             event = go_on(guest, exit, chance)
+
+
+@pytest.mark.parametrize("instruction", ["cpuid", "hlt", "rdmsr", "in %dx, %al", "rdtsc", "int3"])
+def test_a_lock_where_none_may_be_is_undefined(instruction: str) -> None:
+    with SvmGuest(f".byte 0xf0; {instruction}") as guest:
+        guest.gate(6, "mov $6, %ebx; hlt")
+        guest.controls.exception_bitmap = 1 << 3
+        assert guest.run().reason is Reason.HLT
+        assert guest.state.gpr[RBX] == 6
+
+
+@pytest.mark.parametrize("instruction", ["cpuid", "int $0x30", "vmcall", "in %dx, %al", "rdtsc"])
+def test_an_instruction_whose_page_has_left_the_tables(instruction: str) -> None:
+    """The block runs on; whoever fetches again meets the fault. No exit says a length of 0, no event is made
+    of nothing. Other pages of the same place in QEMU's TLB, and in the one behind, put this one out."""
+    others = "; ".join(f"mov {n << 20 | CODE:#x}, %al" for n in range(1, 15))
+    with SvmGuest(f"movq $0, 0x6000 + 8 * 8; {others}; {instruction}") as guest:
+        guest.gate(14, "mov $14, %ebx; mov (%rsp), %rcx; mov %cr2, %rdx; hlt")
+        guest.controls.exception_bitmap = 1 << 3
+        exit = guest.run()
+        assert (exit.reason, guest.state.gpr[RBX]) == (Reason.HLT, 14)

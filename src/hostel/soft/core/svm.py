@@ -20,6 +20,8 @@ import contextlib
 import mmap
 import threading
 
+from iced_x86 import Code
+
 from hostel.errors import MemoryFault
 from hostel.soft.exceptions import GP, PF, UD, fault
 from hostel.soft.paging.nested import FINAL, EptWalker, pointers_of
@@ -50,7 +52,7 @@ from hostel.soft.state import (
 
 from . import vmcb
 from .npt import NestedTables
-from .svm_decode import Fetcher
+from .svm_decode import LONGEST, Fetcher
 from .svm_env import Environment, translation_key
 from .svm_exit import Exit, on_top
 from .svm_exits import HANDLERS
@@ -75,6 +77,7 @@ _WITHOUT_INSTRUCTION = {
     vmcb.SHUTDOWN: Reason.TRIPLE_FAULT,
     vmcb.VINTR: Reason.INTERRUPT_WINDOW,
 }
+_UNDEFINED = vmcb.EXCEPTION + UD
 _NOTHING: tuple[int, Access] = (0, Access.READ)
 
 
@@ -109,6 +112,8 @@ class SvmCore:
         self._kicked = threading.Event()
         self._injected: Event | None = None
         self._missing = _NOTHING
+        self._lost = -1
+        """RIP of an instruction whose bytes could not be had."""
         self._events = self._start = 0
 
     # --- The contract ---
@@ -288,6 +293,12 @@ class SvmCore:
         if code in _WITHOUT_INSTRUCTION:
             return VmExit(_WITHOUT_INSTRUCTION[code]), None
         exit = self._exit(code, vectoring)
+        if exit.instruction.code != Code.INVALID:
+            self._lost = -1
+        elif code not in vmcb.EXCEPTIONS or code == _UNDEFINED:
+            if self._is_lost():
+                return None, None
+            exit.code = _UNDEFINED
         try:
             return self._instruction(exit, vectoring)
         except PageFault as refused:
@@ -312,6 +323,15 @@ class SvmCore:
             if exit.code == vmcb.WRITE_CR + 3:
                 self._key = (None, *self._key[1:])  # it flushes, whatever its value
         return result, None
+
+    def _is_lost(self) -> bool:
+        """It is none: #UD (LOCK where none may be). Or its page has left the tables of the guest, and was
+        still in the TLB: dropped from there, it faults when it is fetched again."""
+        if self._fetcher.read == LONGEST or self._lost == self._state.rip:
+            return False
+        self._lost = self._state.rip
+        self._processor.flush()
+        return True
 
     def _exit(self, code: int, vectoring: Event | None) -> Exit:
         block = self._block

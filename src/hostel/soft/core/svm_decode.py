@@ -17,7 +17,7 @@ from hostel.soft.state import CR4_SMAP, RFLAGS_AC, CpuState
 _TLB = 0x8A10
 """In CPUState: for each MMU index, a mask of the table's size and the table (CPUTLBDescFast)."""
 _CODE, _ADDEND = 16, 32
-_LONGEST = 15
+LONGEST = 15
 _SEGMENTS = {
     Register.ES: "es",
     Register.CS: "cs",
@@ -35,12 +35,15 @@ class Fetcher:
     def __init__(self, cpu: int, walk: Callable[[CpuState, int, int], bytes]) -> None:
         self._cpu, self._walk = cpu, walk
         self._decoded: dict[tuple[int, bytes], Instruction] = {}
+        self.read = 0
+        """Bytes that could be had for the last one."""
 
     def instruction(self, state: CpuState) -> Instruction:
-        """At RIP. Its code is ``Code.INVALID`` if no bytes can be had."""
+        """At RIP. Its code is ``Code.INVALID`` if it is none, or its bytes cannot be had."""
         bits = state.bits
         linear = state.rip if bits == 64 else state.cs.base + state.rip & 0xFFFF_FFFF
-        data = self._bytes(state, linear, _LONGEST)
+        data = self._bytes(state, linear, LONGEST)
+        self.read = len(data)
         instruction = self._decoded.get((bits, data))
         if instruction is None:
             if len(self._decoded) > 4096:

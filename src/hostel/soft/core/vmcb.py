@@ -20,6 +20,7 @@ from hostel.soft.state import CpuState
 
 # Exit codes (APM vol. 2 appendix C). The intercept bit of a code from 0x60 on is the code less 0x60.
 READ_CR, WRITE_CR, READ_DR, WRITE_DR, EXCEPTION = 0x00, 0x10, 0x20, 0x30, 0x40
+EXCEPTIONS = range(EXCEPTION, EXCEPTION + 32)
 VINTR, IDTR_READ, TR_WRITE = 0x64, 0x66, 0x6D
 RDTSC, RDPMC, CPUID, IRET, SWINT, INVD, PAUSE, HLT = (
     0x6E,
