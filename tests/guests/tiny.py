@@ -22,6 +22,7 @@ from typing import Literal
 
 from hostel.abi import kvm as abi
 from hostel.hypervisor import Exit
+from hostel.hypervisor import Vcpu as AnyVcpu
 from hostel.kvm import System, Vcpu, Vm
 from hostel.memory import GuestMemory
 
@@ -113,7 +114,7 @@ class TinyGuest:
         self.close()
 
 
-def set_mode(vcpu: Vcpu, memory: GuestMemory, bits: Bits) -> None:
+def set_mode(vcpu: AnyVcpu, memory: GuestMemory, bits: Bits) -> None:
     """Real mode with all segments at 0, flat protected mode, or long mode with 2 MiB pages."""
     sregs = vcpu.get_sregs()
     if bits == 16:
