@@ -27,7 +27,6 @@ from hostel.soft.exceptions import GP, PF, UD, fault
 from hostel.soft.paging.nested import FINAL, EptWalker, pointers_of
 from hostel.soft.paging.walk import asked
 from hostel.soft.physical import PAGE, PhysicalMemory, Span
-from hostel.soft.register_checks import Refused
 from hostel.soft.silicon import (
     Access,
     Controls,
@@ -54,11 +53,10 @@ from . import vmcb
 from .npt import NestedTables
 from .svm_decode import LONGEST, Fetcher
 from .svm_env import Environment, translation_key
-from .svm_exit import Exit, on_top
-from .svm_exits import HANDLERS
+from .svm_exit import Exit, on_top, software_event
+from .svm_exits import HANDLERS, fast_call
 from .svm_host import REQUEST_EVENT, REQUEST_WINDOW, Processor, address_of
 from .svm_memory import GuestView
-from .svm_registers import syscall, sysenter
 from .vmcb import Vmcb
 
 _OWN_HPA = (1 << 40) - (64 << 20)
@@ -311,7 +309,8 @@ class SvmCore:
         self, exit: Exit, vectoring: Event | None
     ) -> tuple[VmExit | None, Event | None]:
         if exit.code in (vmcb.SYSCALL, vmcb.SYSENTER):
-            return None, self._fast_call(exit)
+            self._block.budget -= 1
+            return None, fast_call(exit)
         if exit.code == vmcb.TR_WRITE:
             return self._load_task(exit)
         halts = exit.code == vmcb.HLT
@@ -377,18 +376,6 @@ class SvmCore:
             return self._step(exit.code)
         return self._on_top(None, fault(GP))
 
-    def _fast_call(self, exit: Exit) -> Event | None:
-        state = self._state
-        self._block.budget -= 1
-        try:
-            if exit.code == vmcb.SYSENTER:
-                sysenter(state)
-            elif not syscall(state, exit.instruction.len):
-                return fault(UD)
-        except Refused:
-            return fault(GP)
-        return None
-
     def _on_top(self, first: Event | None, second: Event) -> tuple[VmExit | None, Event | None]:
         return on_top(first, second, self._controls.exception_bitmap)
 
@@ -405,18 +392,8 @@ class SvmCore:
                 state.rip -= injected.length  # QEMU has stepped over the instruction already
             return injected
         if info >> 8 & 7 == 4:
-            return self._software(vector)
+            return software_event(state, vector, self._walk_code)
         return Event(vector, EventType.HARDWARE_EXCEPTION, error if info & vmcb.HAS_ERROR else None)
-
-    def _software(self, vector: int) -> Event:
-        """INT n, INT3 or INTO was under way; RIP is behind it."""
-        state = self._state
-        linear = state.rip + (0 if state.bits == 64 else state.cs.base)
-        short = vector in (3, 4) and self._walk_code(state, linear - 1, 1) in (b"\xcc", b"\xce")
-        length = 1 if short else 2
-        state.rip -= length
-        kind = EventType.SOFTWARE_EXCEPTION if length == 1 else EventType.SOFTWARE_INTERRUPT
-        return Event(vector, kind, None, length)
 
     # --- Memory ---
 

@@ -93,3 +93,15 @@ def on_top(first: Event | None, second: Event, bitmap: int) -> tuple[VmExit | No
     if made is not second and bitmap >> DF & 1:
         return VmExit(Reason.EXCEPTION_NMI, interruption=made), None
     return None, made
+
+
+def software_event(
+    state: CpuState, vector: int, read: Callable[[CpuState, int, int], bytes]
+) -> Event:
+    """INT n, INT3 or INTO was under way, and RIP is behind it: step back."""
+    linear = state.rip + (0 if state.bits == 64 else state.cs.base)
+    short = vector in (3, 4) and read(state, linear - 1, 1) in (b"\xcc", b"\xce")
+    length = 1 if short else 2
+    state.rip -= length
+    kind = EventType.SOFTWARE_EXCEPTION if length == 1 else EventType.SOFTWARE_INTERRUPT
+    return Event(vector, kind, None, length)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from iced_x86 import Code, Mnemonic, OpKind, Register, RegisterExt
 
-from hostel.soft.exceptions import DB, GP, PF, SS, UD, WITH_ERROR_CODE
+from hostel.soft.exceptions import DB, GP, PF, SS, UD, WITH_ERROR_CODE, fault
 from hostel.soft.physical import PhysicalMemory
 from hostel.soft.register_checks import Refused
 from hostel.soft.silicon import Controls, Event, EventType, Primary, Reason, Secondary, VmExit
@@ -19,7 +19,7 @@ from . import svm_decode as decode
 from . import vmcb
 from .svm_exit import Exit, Handler
 from .svm_io import io
-from .svm_registers import load_control_register, read_msr, write_msr
+from .svm_registers import load_control_register, read_msr, syscall, sysenter, write_msr
 
 _U32 = 0xFFFF_FFFF
 _VMX = {
@@ -291,6 +291,18 @@ def _undefined(exit: Exit) -> VmExit | None:
         return exit.exit(_VMX[mnemonic], displacement)
     if mnemonic == Mnemonic.XSETBV and state.cr4 & CR4_OSXSAVE and state.cpl == 0:
         return exit.exit(Reason.XSETBV)
+    return None
+
+
+def fast_call(exit: Exit) -> Event | None:
+    """SYSCALL or SYSENTER; the exception instead, if it is one."""
+    try:
+        if exit.code == vmcb.SYSENTER:
+            sysenter(exit.state)
+        elif not syscall(exit.state, exit.instruction.len):
+            return fault(UD)
+    except Refused:
+        return fault(GP)
     return None
 
 
