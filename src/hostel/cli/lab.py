@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import click
 
 from hostel import lab
 
-from .options import Command, Group, option, output, show_help
+from .options import Command, Group, apply, option, output, show_help
+from .say import say
 
 
 class Labs(Group):
@@ -44,27 +48,84 @@ def list_labs(as_json: bool) -> int:
     return 0
 
 
-def _command(name: str, summary: str) -> click.Command:
-    @click.command(name, cls=Command, help=summary)
-    @click.argument("arguments", nargs=-1, metavar="[ARG]…")
-    @option("Output", "--json", "as_json", is_flag=True, help="The report as JSON.")
-    @option(
-        "Output",
-        "--steps",
-        type=click.IntRange(min=0),
-        default=60,
-        show_default=True,
-        help="Show so many lines of the trace.",
+def _report(function: Any) -> Any:
+    """What every lab takes."""
+    return apply(
+        function,
+        click.argument("arguments", nargs=-1, metavar="[ARG]…"),
+        option("Output", "--json", "as_json", is_flag=True, help="The report as JSON."),
+        option(
+            "Output",
+            "--steps",
+            type=click.IntRange(min=0),
+            default=60,
+            show_default=True,
+            help="Show so many lines of the trace.",
+        ),
+        output,
     )
-    @output
-    def one(arguments: tuple[str, ...], as_json: bool, steps: int) -> int:
-        _show(lab.run(name, arguments), as_json, steps)
-        return 0
 
-    one.allow_interspersed_args = (
+
+def _command(name: str, summary: str) -> click.Command:
+    if name == "paging":
+        made = _paging
+    else:
+
+        @click.command(name, cls=Command, help=summary)
+        @_report
+        def made(arguments: tuple[str, ...], as_json: bool, steps: int) -> int:
+            _show(lab.run(name, arguments), as_json, steps)
+            return 0
+
+    made.allow_interspersed_args = (
         True  # its arguments are names: no command of a guest's begins there
     )
-    return one
+    return made
+
+
+@click.command("paging", cls=Command, help=lab.LABS["paging"])
+@option(
+    "KVM elsewhere",
+    "--save",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    metavar="FILE",
+    help="Only measure this host's KVM, and write that to FILE (-: standard output).",
+)
+@option(
+    "KVM elsewhere",
+    "--with",
+    "beside",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Show beside the rest what another KVM did, by its --save. May be repeated.",
+)
+@_report
+def _paging(
+    arguments: tuple[str, ...],
+    save: Path | None,
+    beside: tuple[Path, ...],
+    as_json: bool,
+    steps: int,
+) -> int:
+    if save is None:
+        _show(lab.run("paging", arguments, beside=beside), as_json, steps)
+    elif beside or as_json:
+        raise click.UsageError("--save shows nothing: it goes with neither --with nor --json")
+    else:
+        _save(arguments, save)
+    return 0
+
+
+def _save(arguments: tuple[str, ...], path: Path) -> None:
+    from hostel.lab import paging_kvm, workloads
+
+    measured = paging_kvm.measure(workloads.choose(arguments))
+    if str(path) == "-":
+        click.echo(paging_kvm.encode(measured), nl=False)
+        return
+    paging_kvm.save(measured, path)
+    say.note(f"KVM with {measured.paging} paging: saved; hostel lab paging --with {path} shows it")
 
 
 def _show(report: lab.Report, as_json: bool, steps: int) -> None:

@@ -65,15 +65,15 @@ class Report(msgspec.Struct, frozen=True):
     """The page of the documentation."""
 
 
-def run(name: str, arguments: Sequence[str] = ()) -> Report:
-    """Run a lab. ``UserError`` for a name or an argument that it does not know, ``MissingTool`` without the
-    extra ``soft``."""
+def run(name: str, arguments: Sequence[str] = (), **options: Any) -> Report:
+    """Run a lab; ``options`` are its own. ``UserError`` for a name or an argument that it does not know,
+    ``MissingTool`` without the extra ``soft``."""
     from hostel.soft.extra import unicorn_version
 
     if name not in LABS:
         raise UserError(f"no lab {name!r}", cure=f"there are {', '.join(LABS)}")
     unicorn_version()
-    report: Report = import_module(f".{name}", __package__).run(arguments)
+    report: Report = import_module(f".{name}", __package__).run(arguments, **options)
     return report
 
 

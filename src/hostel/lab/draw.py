@@ -61,14 +61,11 @@ def trace(steps: Sequence[Step]) -> Iterator[str]:
 
 
 def table(told: Table) -> Iterator[str]:
-    """Numbers to the right, words to the left; None is a dash."""
+    """Numbers and bounds (≤ 3) to the right, words to the left; None is a dash."""
     cells = [tuple(_cell(value) for value in row) for row in told.rows]
     columns = list(zip(told.columns, *cells, strict=True))
     widths = [max(map(len, column)) for column in columns]
-    numeric = [
-        all(isinstance(row[at], int | float | None) for row in told.rows)
-        for at in range(len(told.columns))
-    ]
+    numeric = [all(_is_number(row[at]) for row in told.rows) for at in range(len(told.columns))]
     yield told.title
     for row in (told.columns, *cells):
         yield "  ".join(
@@ -76,6 +73,10 @@ def table(told: Table) -> Iterator[str]:
             for text, width, right in zip(row, widths, numeric, strict=True)
         ).rstrip()
     yield from textwrap.wrap(told.note, WIDTH)
+
+
+def _is_number(value: str | int | float | None) -> bool:
+    return value.startswith("≤ ") if isinstance(value, str) else True
 
 
 def _cell(value: str | int | float | None) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 import msgspec
 
 from hostel.boot.load import load_kernel
 from hostel.errors import GuestError, HostelError
-from hostel.hypervisor import Interrupted
+from hostel.hypervisor import Interrupted, PioExit
 from hostel.kvm import System, Vcpu
 from hostel.kvm.stats import Stats
 from hostel.memory import PAGE, GuestMemory
@@ -18,6 +19,8 @@ from hostel.soft import mini
 from hostel.soft.mini.surroundings import ENDINGS, Surroundings
 from hostel.vmm import layout
 from hostel.vmm.irq import pin_routes
+
+from .reasons import Traced, Tracer
 
 DEADLINE = 60.0
 
@@ -29,8 +32,12 @@ class Run(msgspec.Struct, frozen=True):
     ended: str
     returns: int
     """Times that KVM_RUN came back to this process."""
-    vm: dict[str, int]
+    port_io: int
+    """Of these, for a port."""
     vcpu: dict[str, int]
+    """KVM's statistics of it."""
+    traced: Traced | None
+    """None where the host does not let us count KVM's tracepoints."""
 
 
 def missing() -> str:
@@ -44,15 +51,23 @@ def missing() -> str:
     return ""
 
 
+PAGING = {"kvm_intel": "ept", "kvm_amd": "npt"}
+"""The parameter by which a kernel module is told to use nested paging."""
+
+
+def module() -> str:
+    """Which kernel module is KVM here: one of ``PAGING``, or one that needs no such hardware (PVM)."""
+    names = [path.name for path in Path("/sys/module").glob("kvm_*")]
+    return next((name for name in PAGING if name in names), min(names, default="kvm"))
+
+
 def paging() -> str:
     """How this KVM virtualizes memory: ``nested`` or ``shadow``."""
-    for module, parameter in (("kvm_intel", "ept"), ("kvm_amd", "npt")):
-        try:
-            with open(f"/sys/module/{module}/parameters/{parameter}") as file:
-                return "nested" if file.read().strip() in ("Y", "1") else "shadow"
-        except OSError:
-            continue
-    return "shadow"  # KVM without either module (PVM) knows nothing else
+    name = module()
+    if name not in PAGING:
+        return "shadow"  # it knows nothing else
+    with open(f"/sys/module/{name}/parameters/{PAGING[name]}") as file:
+        return "nested" if file.read().strip() in ("Y", "1") else "shadow"
 
 
 def play(name: str, **parameters: int) -> Run:
@@ -75,10 +90,11 @@ def play(name: str, **parameters: int) -> Run:
         vcpu.set_cpuid(system.supported_cpuid())
         entry.apply(vcpu)
         around = Surroundings()
-        ended, returns = _serve(vcpu, around, name)
-        of_vm = undo.enter_context(closing(vm.open_stats()))
-        of_vcpu = undo.enter_context(closing(vcpu.open_stats()))
-        return Run(around.words, ended, returns, _plain(of_vm), _plain(of_vcpu))
+        tracer = undo.enter_context(Tracer(module()))
+        ended, returns, port_io = _serve(vcpu, around, name)
+        statistics = _plain(undo.enter_context(closing(vcpu.open_stats())))
+        traced = tracer.read(statistics["exits"])
+        return Run(around.words, ended, returns, port_io, statistics, traced)
 
 
 def _plain(statistics: Stats) -> dict[str, int]:
@@ -86,9 +102,9 @@ def _plain(statistics: Stats) -> dict[str, int]:
     return {name: value for name, value in values.items() if isinstance(value, int)}
 
 
-def _serve(vcpu: Vcpu, around: Surroundings, name: str) -> tuple[str, int]:
-    """How it ended, and how often KVM_RUN came back."""
-    returns = 0
+def _serve(vcpu: Vcpu, around: Surroundings, name: str) -> tuple[str, int, int]:
+    """How it ended, how often KVM_RUN came back, and how often of these for a port."""
+    returns = port_io = 0
     late = threading.Event()
 
     def interrupt() -> None:
@@ -102,9 +118,10 @@ def _serve(vcpu: Vcpu, around: Surroundings, name: str) -> tuple[str, int]:
         while True:
             exit = vcpu.run()
             returns += 1
+            port_io += isinstance(exit, PioExit)
             ended = around.answer(exit)
             if ended in ENDINGS:
-                return ended, returns
+                return ended, returns, port_io
             if ended or (isinstance(exit, Interrupted) and late.is_set()):
                 raise GuestError(f"the mini guest {name} on KVM ended with {exit}")
     finally:

@@ -1,72 +1,41 @@
-"""Shadow paging against nested paging: the same guests, four ways, and what each pays for what."""
+"""Shadow paging against nested paging: the same guests, four ways, and what each pays for what.
+
+::
+
+    column            the software hypervisor, shadow and nested;  KVM here;  KVM elsewhere, from files
+      └─ Cost         of each workload
+
+Exits for memory are those that another way of virtualizing memory would not have, or would have elsewhere:
+page faults, loads of control registers, INVLPG, and violations of the nested table.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from string import ascii_lowercase
 
 import msgspec
 
 from hostel.errors import UserError
 from hostel.soft.paging.mmu import PagingMmu, WalkTrace
 from hostel.soft.physical import PAGE
-from hostel.soft.silicon import Reason
 from hostel.spec import Paging
 
-from . import Drawing, Report, Step, Table, hardware
+from . import Drawing, Report, Step, hardware, paging_kvm, reasons
 from .draw import Node, tree
+from .paging_kvm import Measured
+from .paging_report import Column, conclusions, tables
 from .stage import Stage
+from .workloads import Cost, Workload, choose
 
 QUESTION = (
     "A guest's address is translated twice: by its own tables to what it believes to be memory (GVA → GPA), "
     "then to the memory there is (GPA → HPA). Shadow paging makes one table of both and keeps it up to date; "
     "nested paging has the processor walk both. The same guests run in either way: who pays, and when?"
 )
-
-
-class Workload(msgspec.Struct, frozen=True):
-    guest: str
-    what: str
-    parameters: dict[str, int] = {}
-
-
-WORKLOADS = (
-    Workload("compute", "arithmetic: no page-table change at all"),
-    Workload("memory", "streams and random places over 1 MiB", {"kib": 1024}),
-    Workload("churn", "pages mapped, used, unmapped", {"pages": 32, "rounds": 6}),
-    Workload("fork", "address spaces copied on write", {"pages": 16, "copies": 4}),
-    Workload("switch", "context switches between 4 processes", {"rounds": 50}),
-    Workload("demand", "page faults: missing, then read-only", {"pages": 64}),
-    Workload("syscall", "system calls: ring 3 to ring 0 and back"),
-)
-WAYS: tuple[Paging, ...] = ("shadow", "ept")
-_NAMES = {one.guest: one for one in WORKLOADS}
-_MEMORY = {Reason.EXCEPTION_NMI, Reason.CR_ACCESS, Reason.INVLPG, Reason.EPT_VIOLATION}
-
-
-_MANY = 100
-"""Exits that are no longer the mere start of a guest."""
-
-
-class Cost(msgspec.Struct, frozen=True):
-    """Of one workload in one way. None: this way cannot tell."""
-
-    workload: str
-    way: str
-    exits: int
-    """For memory."""
-    why: str
-    fills: int | None = None
-    """Entries made in a shadow or an EPT."""
-    syncs: int | None = None
-    """Guest tables compared again with their shadows."""
-    misses: int | None = None
-    """Of the TLB: each is a walk."""
-    references: float | None = None
-    """Table entries read, a walk."""
-    longest: int | None = None
-    memory: int | None = None
-    """KiB of the hypervisor's page tables at their most."""
-    instructions: int | None = None
+WAYS: dict[str, Paging] = {"shadow": "shadow", "nested": "ept"}
+MOST_FILES = 8
 
 
 def soft(workload: Workload, paging: Paging) -> tuple[Cost, WalkTrace | None]:
@@ -78,49 +47,24 @@ def soft(workload: Workload, paging: Paging) -> tuple[Cost, WalkTrace | None]:
             longest[:] = [walk]
 
     with Stage() as stage:
-        pcpu = stage.host.pcpus[0]
-        mmu = pcpu.tlb
+        mmu = stage.host.pcpus[0].tlb
         assert isinstance(mmu, PagingMmu)
         mmu.on_walk = keep
         actor = stage.actor(workload.guest, paging, **workload.parameters)
         actor.play()
         vcpu, paid, walked = actor.vcpus[0], actor.machine.paging.statistics, mmu.statistics
-        reasons = {reason: n for reason, n in vcpu.exits.items() if reason in _MEMORY}
-        most = sorted(reasons.items(), key=lambda item: -item[1])[:2]
         cost = Cost(
-            workload=workload.guest,
-            way=f"soft, {'nested (EPT)' if paging == 'ept' else 'shadow'}",
-            exits=sum(reasons.values()),
-            why=", ".join(f"{_short(reason)} {n}" for reason, n in most),
+            workload.guest,
+            reasons.of_soft(vcpu.exits),
             fills=paid.fills,
             syncs=paid.syncs,
             misses=mmu.tlb.statistics.misses,
             references=walked.references / max(walked.walks, 1),
             longest=walked.longest,
-            memory=paid.frames * PAGE >> 10,
+            tables=paid.frames * PAGE >> 10,
             instructions=vcpu.instructions,
         )
     return cost, longest[0] if longest else None
-
-
-def _short(reason: Reason) -> str:
-    return {Reason.EXCEPTION_NMI: "#PF", Reason.CR_ACCESS: "MOV CR"}.get(reason, reason.name)
-
-
-def on_kvm(workload: Workload) -> Cost:
-    """By the kernel's counters; of shadow paging it counts faults and the guest's INVLPGs."""
-    run = hardware.play(workload.guest, **workload.parameters)
-    vcpu, way = run.vcpu, hardware.paging()
-    shadow = way == "shadow"
-    parts = {"page faults": vcpu.get("pf_taken", 0)}
-    if shadow:
-        parts |= {"INVLPG": vcpu.get("invlpg", 0), "table writes": run.vm.get("mmu_pte_write", 0)}
-    return Cost(
-        workload=workload.guest,
-        way=f"KVM, {way}",
-        exits=vcpu["exits"] - run.returns,
-        why=", ".join(f"{name} {n}" for name, n in parts.items() if n),
-    )
 
 
 def drawn(walk: WalkTrace) -> tuple[str, ...]:
@@ -141,101 +85,44 @@ def drawn(walk: WalkTrace) -> tuple[str, ...]:
     return tuple(tree(Node(f"GVA {walk.address:#x}, {walk.references} references", (node,))))
 
 
-def _chosen(arguments: Sequence[str]) -> list[Workload]:
-    for name in arguments:
-        if name not in _NAMES:
-            raise UserError(f"no workload {name!r}", cure=f"there are {', '.join(_NAMES)}")
-    return [_NAMES[name] for name in dict.fromkeys(arguments)] or list(WORKLOADS)
+def _soft_columns(chosen: Sequence[Workload]) -> tuple[list[Column], list[Drawing]]:
+    columns, drawings = [], []
+    for name, paging in WAYS.items():
+        played = [soft(workload, paging) for workload in chosen]
+        columns.append(Column(f"soft, {name}", name, {cost.workload: cost for cost, _ in played}))
+        walks = [walk for _, walk in played if walk is not None]
+        if walks:
+            longest = max(walks, key=lambda walk: walk.references)
+            drawings.append(Drawing(f"The longest walk, {name} paging", drawn(longest)))
+    return columns, drawings
 
 
-def run(arguments: Sequence[str] = ()) -> Report:
-    chosen = _chosen(arguments)
+def _kvm_columns(chosen: Sequence[Workload], measured: Iterable[Measured]) -> Iterator[Column]:
+    names = [one.guest for one in chosen]
+    for letter, one in zip(ascii_lowercase, measured, strict=False):
+        costs = {cost.workload: cost for cost in one.costs if cost.workload in names}
+        yield Column(f"KVM, {one.paging} ({letter})", one.paging, costs, one)
+
+
+def run(arguments: Sequence[str] = (), *, beside: Sequence[Path] = ()) -> Report:
+    """``beside``: files of ``paging_kvm``, what KVM did elsewhere."""
+    if len(beside) > MOST_FILES:
+        raise UserError(f"at most {MOST_FILES} files stand beside each other, not {len(beside)}")
+    chosen = choose(arguments)
+    measured = [paging_kvm.load(path) for path in beside]
     missing = hardware.missing()
-    costs: list[Cost] = []
-    walks: dict[Paging, WalkTrace] = {}
-    for workload in chosen:
-        for paging in WAYS:
-            cost, walk = soft(workload, paging)
-            costs.append(cost)
-            if walk is not None and walk.references > _references(walks.get(paging)):
-                walks[paging] = walk
-        if not missing:
-            costs.append(on_kvm(workload))
+    if not missing:
+        measured.insert(0, paging_kvm.measure(chosen))
+    columns, drawings = _soft_columns(chosen)
+    columns += _kvm_columns(chosen, measured)
+    columns.sort(key=lambda column: column.paging != "shadow")  # stable: soft before KVM
     return Report(
         lab="paging",
         question=QUESTION,
         steps=tuple(Step(one.guest, one.what) for one in chosen),
-        drawings=tuple(
-            Drawing(
-                f"The longest walk, {'nested' if way == 'ept' else 'shadow'} paging", drawn(walk)
-            )
-            for way, walk in walks.items()
-        ),
-        tables=(_costs(costs, missing),),
-        conclusions=tuple(_conclusions(costs)),
-        data={"kvm": missing or hardware.paging()},
+        drawings=tuple(drawings),
+        tables=tuple(tables(chosen, columns, missing)),
+        conclusions=tuple(conclusions(columns)),
+        data={"kvm": missing or hardware.paging(), "columns": msgspec.to_builtins(columns)},
         page="docs/paging.md",
     )
-
-
-def _references(walk: WalkTrace | None) -> int:
-    return walk.references if walk else 0
-
-
-def _costs(costs: Sequence[Cost], missing: str) -> Table:
-    if missing:
-        note = f"No row for KVM: {missing}."
-    else:
-        note = (
-            f"This host's KVM has {hardware.paging()} paging. `./dev testbed --npt 0` and `--npt 1` have a "
-            "real one of each kind: of KVM all exits that did not come back to this process are counted."
-        )
-    return Table(
-        "Exits for memory, and what was done about them",
-        ("workload", "way", "exits", "most of them", "fills", "syncs", "TLB misses", "refs/walk", "longest",
-         "tables KiB", "instructions"),
-        tuple(
-            (one.workload, one.way, one.exits, one.why, one.fills, one.syncs, one.misses, one.references,
-             one.longest, one.memory, one.instructions)
-            for one in costs
-        ),
-        note=note,
-    )  # fmt: skip
-
-
-def _conclusions(costs: Sequence[Cost]) -> list[str]:
-    """What follows from the figures, and from nothing else."""
-    by_way = {way: {c.workload: c for c in costs if c.way == way} for way in {c.way for c in costs}}
-    shadow, nested = by_way["soft, shadow"], by_way["soft, nested (EPT)"]
-    said = []
-    dear = [name for name in shadow if shadow[name].exits - nested[name].exits > _MANY]
-    if dear:
-        said.append(
-            "Shadow pays for each change of the guest's tables and each switch of address spaces: "
-            f"{', '.join(dear)} take more than {_MANY} exits more than with nested paging."
-        )
-    even = [name for name in shadow if name not in dear]
-    if even:
-        said.append(
-            f"Where a guest leaves its tables alone there is little between them: {', '.join(even)}."
-        )
-    walks = {way: max((c.longest or 0) for c in row.values()) for way, row in by_way.items()}
-    said.append(
-        f"Nested pays for each TLB miss: up to {walks['soft, nested (EPT)']} references a walk against "
-        f"{walks['soft, shadow']}; {_total(nested, 'references'):.1f} against "
-        f"{_total(shadow, 'references'):.1f} on average. Four levels by four would be 24."
-    )
-    said.append(
-        f"Page tables of the hypervisor: at most {_most(shadow)} KiB of shadows, one for each address space; "
-        f"at most {_most(nested)} KiB of EPT, one for the machine."
-    )
-    return said
-
-
-def _total(costs: dict[str, Cost], field: str) -> float:
-    values = [getattr(cost, field) or 0 for cost in costs.values()]
-    return float(sum(values) / len(values))
-
-
-def _most(costs: dict[str, Cost]) -> int:
-    return max(cost.memory or 0 for cost in costs.values())
