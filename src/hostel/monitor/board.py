@@ -10,7 +10,8 @@ console and the event loop are the monitor's and outlive it.
                                               └───── seat: ports, PCI, virtio ────────┘
 
 A kernel runs for a while before it looks for devices. So it is started before they are there: their
-buses are held back, and a vCPU that comes to one early waits.
+buses are held back, and a vCPU that comes to one early waits. Not on engine ``soft``, where nothing may
+come at a moment that is the host's to choose, and not on transport mmio, whose devices the tables name.
 
 In the hypervisor are: the PIC, the IOAPIC, the LAPICs (each would cost an exit an interrupt) and the PIT,
 which a kernel that knows kvm-clock never touches, but which small kernels live by.
@@ -106,6 +107,7 @@ class Board:
         self.loop = loop
         self.console = console
         self.owner = owner
+        self._seats_first = plan.engine == "soft" or plan.spec.transport == "mmio"
         self._seating = threading.Lock()
         self._closed = False
         self._undo = ExitStack()
@@ -127,9 +129,9 @@ class Board:
             self.ports, self.mmio = Bus(), Bus()
             self.ports.hold()
             self.mmio.hold()
-            if self.plan.spec.transport == "mmio":
+            if self._seats_first:
                 self._seat_devices()
-                self._seat_virtio()  # the tables say where they are
+                self._seat_virtio()
             self._write_tables()
             self.vcpus = [self._create_vcpu(id) for id in range(self.plan.spec.cpus)]
             self._prepare_vcpus(system)
@@ -146,7 +148,7 @@ class Board:
         with self._seating:
             if self._closed:
                 return
-            if self.plan.spec.transport == "pci":
+            if not self._seats_first:
                 self._seat_devices()
                 self.ports.release()
                 self._seat_virtio()

@@ -55,7 +55,7 @@ class SoftVcpu:
         self.halted_open = False
         """Whether it halted with interrupts enabled."""
         self.pauses = False
-        """It spins: another vCPU had better run."""
+        """It came out because it spins: another vCPU had better run."""
         self.exits: Counter[Reason] = Counter()
         self.migrations = 0
         self.instructions = 0
@@ -262,13 +262,13 @@ class SoftVcpu:
         machine wants attention, or ``budget`` guest instructions are over (None)."""
         self.load(pcpu)
         machine, end = self.machine, pcpu.tsc + budget
+        self.pauses = False
         try:
             while True:
                 if (exit := self._complete()) is not None:
                     return exit
                 machine.tick(pcpu.tsc)
                 if pcpu.tsc >= end or self.pauses or machine.attention or not inject.wake(self):
-                    self.pauses = False
                     return None
                 if (exit := self._enter(pcpu, machine.limit(pcpu.tsc, end))) is not None:
                     return exit

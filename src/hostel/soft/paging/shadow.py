@@ -256,16 +256,17 @@ class ShadowVcpu:
 
     def _bits(self, page: Walk, ask: Asked) -> int:
         """Rights of the leaf. Writable only once the guest's dirty bit is set, so that we learn of it."""
-        if page.format is None:
-            return WRITABLE | USER
         slot = self._map.find(page.address)
+        read_only = slot is None or slot.read_only
+        if page.format is None:
+            return USER if read_only else USER | WRITABLE
         borrowed = self._borrows(page, ask)
         no_supervisor_fetch = borrowed and self._guest.cr4 & CR4_SMEP
         bits = 0 if page.executable and not no_supervisor_fetch else NO_EXECUTE
         if page.user and not borrowed:
             bits |= USER
         writable = page.writable or borrowed or not (page.user or self._guest.cr0 & CR0_WP)
-        if writable and page.dirty and slot is not None and not slot.read_only:
+        if writable and page.dirty and not read_only:
             bits |= WRITABLE
         if page.is_global and self._guest.cr4 & CR4_PGE:
             bits |= GLOBAL

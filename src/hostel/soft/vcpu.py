@@ -1,0 +1,214 @@
+"""A vCPU of the software hypervisor behind the monitor's contract: ``run``, ``kick``, its state.
+
+::
+
+    run ──► my turn? ──no── sleep ──────────────────────────┐
+             │ yes                                          │
+             ├─ idle, others are not: pass the turn on ◄────┤
+             ├─ all are idle: sleep to the next timer       │
+             └─ run ──┬─ an exit: the monitor's; the turn stays mine
+                      └─ the turn is over (slice, PAUSE, HLT): pass it on
+
+A kick needs no turn, so a machine can always be stopped. A vCPU that was kicked keeps its turn.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from hostel.abi import kvm as abi
+from hostel.hypervisor import Exit, Interrupted
+
+from . import registers
+from .cpuid import Cpuid
+
+if TYPE_CHECKING:
+    from .hypervisor.vcpu import SoftVcpu
+    from .state import CpuState
+    from .vm import Vm
+
+TSC_KHZ = 1_000_000
+"""A guest instruction is a tick of the TSC and a nanosecond."""
+HOST_VECTOR = 0xF0
+"""Of the host's interrupt that gets a guest out."""
+_LAPIC_SIZE = 0x400
+_LAPIC_SETTABLE = (0x80, 0xD0, 0xE0, 0xF0, 0x320, 0x330, 0x340, 0x350, 0x360, 0x370, 0x3E0)
+"""Registers that hold a setting: TPR, LDR, DFR, SVR, the LVT, the divider. Writing others acts."""
+_INTERRUPTED = Interrupted()
+
+Counters = dict[str, int | list[int]]
+
+
+class Vcpu:
+    """Implements ``hypervisor.Vcpu``."""
+
+    def __init__(self, vm: Vm, soft: SoftVcpu) -> None:
+        self.id = soft.id
+        self._vm = vm
+        self._soft = soft
+        self._kicked = False
+        self._awake = threading.Event()
+        self._runs = False
+
+    # --- Running ---
+
+    def run(self) -> Exit:
+        vm = self._vm
+        vm.lock.take()
+        try:
+            while not self._kicked:
+                if vm.holder is not self:
+                    self._sleep(None)
+                elif (exit := self._go_on()) is not None:
+                    return exit
+            self._kicked = False
+            return _INTERRUPTED
+        finally:
+            vm.lock.give()
+
+    def _go_on(self) -> Exit | None:
+        """With the turn: until it is over, or somebody wants something."""
+        vm = self._vm
+        vm.drain()
+        if self.idle:
+            if not vm.pass_on():
+                self._idle()
+            return None
+        exit = self._run()
+        if exit is None:
+            if self._soft.pauses or self.idle or vm.pcpu.tsc >= vm.turn_end:
+                vm.pass_on()
+            vm.lock.give()  # to who waits for it
+            vm.lock.take()
+        return exit
+
+    def _run(self) -> Exit | None:
+        vm = self._vm
+        self._runs = True
+        try:
+            return self._soft.run(vm.pcpu, vm.turn_end - vm.pcpu.tsc)
+        finally:
+            self._runs = False
+
+    def _idle(self) -> None:
+        """So are all others: time passes as the host's does."""
+        vm, begun = self._vm, time.monotonic_ns()
+        left = vm.until_timer
+        self._sleep(None if left is None else left / 1e9)
+        vm.pass_time(time.monotonic_ns() - begun)
+
+    def _sleep(self, seconds: float | None) -> None:
+        """Without the lock, until something may have come."""
+        vm = self._vm
+        self._awake.clear()
+        if self._kicked or (vm.holder is self and vm.inbox):
+            return
+        vm.lock.give()
+        self._awake.wait(seconds)
+        vm.lock.take()
+
+    @property
+    def idle(self) -> bool:
+        """Halted, or waiting to be started, with nothing to wake it."""
+        return self._soft.idle
+
+    def wake(self) -> None:
+        self._awake.set()
+
+    def call(self) -> None:
+        """Out of the guest, and out of sleep. From any thread."""
+        self._awake.set()
+        if self._runs:
+            self._vm.pcpu.interrupt(HOST_VECTOR)
+
+    def kick(self) -> None:
+        self._kicked = True
+        self._vm.machine.attention = True
+        self.call()
+
+    # --- State ---
+
+    def _look(self) -> CpuState:
+        with self._vm.held():
+            self._soft.load(self._vm.pcpu)
+            return self._soft.export_state()
+
+    def _change(self, change: Callable[[CpuState], None]) -> None:
+        with self._vm.held():
+            self._soft.load(self._vm.pcpu)
+            state = self._soft.export_state()
+            change(state)
+            self._soft.import_state(state)
+
+    def get_regs(self) -> abi.Regs:
+        return registers.regs(self._look())
+
+    def set_regs(self, regs: abi.Regs) -> None:
+        self._change(lambda state: registers.set_regs(state, regs))
+
+    def get_sregs(self) -> abi.Sregs:
+        return registers.sregs(self._look(), self._soft.lapic.base)
+
+    def set_sregs(self, sregs: abi.Sregs) -> None:
+        self._change(lambda state: registers.set_sregs(state, sregs))
+
+    def get_msrs(self, indices: Sequence[int]) -> dict[int, int]:
+        from .hypervisor.msrs import host_read
+
+        with self._vm.held():
+            self._soft.load(self._vm.pcpu)
+            return {index: host_read(self._soft, index) for index in indices}
+
+    def set_msrs(self, values: Mapping[int, int]) -> None:
+        from .hypervisor.msrs import host_write
+
+        with self._vm.held():
+            self._soft.load(self._vm.pcpu)
+            for index, value in values.items():
+                host_write(self._soft, index, value)
+
+    def set_cpuid(self, entries: Sequence[abi.CpuidEntry2]) -> None:
+        self._soft.cpuid = Cpuid(entries)
+
+    def get_tsc_khz(self) -> int:
+        return TSC_KHZ
+
+    def get_lapic(self) -> abi.LapicState:
+        lapic = self._soft.lapic
+        words = (lapic.read(at, 4).ljust(16, b"\0") for at in range(0, _LAPIC_SIZE, 16))
+        return abi.LapicState.from_buffer_copy(b"".join(words))
+
+    def set_lapic(self, state: abi.LapicState) -> None:
+        page = bytes(state)
+        for at in _LAPIC_SETTABLE:
+            self._soft.lapic.write(at, page[at : at + 4])
+
+    def open_stats(self) -> Statistics:
+        return Statistics(self._counters)
+
+    def _counters(self) -> Counters:
+        soft = self._soft
+        exits = Counter({reason.name.lower(): count for reason, count in soft.exits.items()})
+        return {
+            "exits": exits.total(),
+            **dict(sorted(exits.items())),
+            "instructions": soft.instructions,
+            "migrations": soft.migrations,
+        }
+
+    def close(self) -> None:
+        """Its VMCS goes with the machine."""
+
+
+class Statistics:
+    """Implements ``hypervisor.Statistics``."""
+
+    def __init__(self, read: Callable[[], Counters]) -> None:
+        self.read = read
+
+    def close(self) -> None:
+        pass
