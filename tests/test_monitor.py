@@ -190,8 +190,8 @@ def test_stop_while_the_devices_are_seated(monkeypatch: pytest.MonkeyPatch) -> N
         time.sleep(0.2)
         seat(self)
 
-    def slow_close(self: Board) -> str:
-        result = close(self)
+    def slow_close(self: Board, ending: Ending) -> str:
+        result = close(self, ending)
         time.sleep(0.2)
         closed.append(self)
         return result

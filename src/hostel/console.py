@@ -142,6 +142,10 @@ class Console:
                 left = left[room:]
             self.on_input()
 
+    @property
+    def has_input(self) -> bool:
+        return bool(self._input)
+
     def take(self, limit: int) -> bytes:
         """Up to ``limit`` bytes of input, for the engine."""
         if not self._input or limit <= 0:  # the usual case, at each read of the serial port

@@ -294,6 +294,16 @@ class Soft(_Part, frozen=True):
     trap: Trap = "translate"
     """Sensitive instructions exit because they are replaced in what is fetched, or because the core's own
     virtualization (SVM) intercepts them."""
+    record: str = ""
+    """A file for what comes to the machine from outside, so that it can be replayed."""
+    replay: str = ""
+    """Such a file: run that machine again."""
+    trace: str = ""
+    """A file for a line at each VM exit."""
+
+    @property
+    def logged(self) -> bool:
+        return bool(self.record or self.replay)
 
 
 class MachineSpec(_Part, frozen=True):
@@ -338,7 +348,12 @@ class MachineSpec(_Part, frozen=True):
         if self.memory < MIN_MEMORY:
             raise SpecError(f"memory must be at least {MIN_MEMORY >> 20}M, not {self.memory} bytes")
         if self.soft and self.engine != "soft":
-            raise SpecError("paging and trap are words of engine soft", cure="add --engine soft")
+            raise SpecError(
+                "paging, trap, record, replay and trace are words of engine soft",
+                cure="add --engine soft",
+            )
+        if self.soft and self.soft.logged:
+            self._check_logged(self.soft)
         if self.pin and len(self.pin) != self.cpus:
             raise SpecError(f"pin names {len(self.pin)} pCPUs for {self.cpus} vCPUs")
         if self.name and not re.fullmatch(_NAME, self.name):
@@ -356,6 +371,23 @@ class MachineSpec(_Part, frozen=True):
                     cure="choose another place",
                 )
         self._check_network()
+
+    def _check_logged(self, soft: Soft) -> None:
+        if soft.record and soft.replay:
+            raise SpecError("a machine is recorded or replayed, not both")
+        parts = {
+            "a disk": self.disks,
+            "a network interface": self.nics,
+            "a volume": self.volumes,
+            "vsock": self.vsock != "none",
+            "a balloon": self.balloon,
+        }
+        if there := [name for name, given in parts.items() if given]:
+            raise SpecError(
+                f"a machine with {there[0]} cannot be recorded: what its device does beside the guest is"
+                " not in the log",
+                cure="give it a serial console, timers and interrupts only",
+            )
 
     def _check_parts(self) -> None:
         """What JSON and TOML are checked for by their decoder, keywords are here."""

@@ -25,3 +25,5 @@ class BootInfo(msgspec.Struct, frozen=True):
     rsdp: int
     """0 if there are no ACPI tables."""
     map: tuple[E820, ...]
+    seed: bytes
+    """Randomness for the guest's generator; empty: none, so that the guest is the same each time."""

@@ -7,7 +7,6 @@ the newest protocol, with the limits that boot.rst names as defaults.
 from __future__ import annotations
 
 import ctypes
-import os
 
 from hostel.abi import boot as abi
 from hostel.memory import GuestMemory
@@ -18,7 +17,6 @@ from .image import KernelImage
 from .info import BootInfo
 
 _PROTOCOL = 0x020F
-_SEED_SIZE = 32
 
 
 def build(memory: GuestMemory, image: KernelImage, info: BootInfo) -> EntryState:
@@ -27,7 +25,8 @@ def build(memory: GuestMemory, image: KernelImage, info: BootInfo) -> EntryState
     params.hdr.type_of_loader = abi.TYPE_OF_LOADER_UNDEFINED
     params.hdr.loadflags |= abi.LOADED_HIGH
     params.hdr.cmd_line_ptr = info.cmdline.address
-    params.hdr.setup_data = _write_seed(memory, info.cmdline.end + 1)
+    if info.seed:
+        params.hdr.setup_data = _write_seed(memory, info.cmdline.end + 1, info.seed)
     if info.initrd is not None:
         params.hdr.ramdisk_image = info.initrd.address
         params.hdr.ramdisk_size = info.initrd.size
@@ -52,13 +51,13 @@ def _header() -> abi.SetupHeader:
     )
 
 
-def _write_seed(memory: GuestMemory, address: int) -> int:
+def _write_seed(memory: GuestMemory, address: int, seed: bytes) -> int:
     """Randomness for the guest's generator, so that nothing in it waits for any (Linux 6.0).
 
     An older kernel passes over a type that it does not know.
     """
     address = -(-address // 8) * 8
-    head = abi.SetupData(next=0, type=abi.SETUP_RNG_SEED, len=_SEED_SIZE)
+    head = abi.SetupData(next=0, type=abi.SETUP_RNG_SEED, len=len(seed))
     memory.write(address, bytes(head))
-    memory.write(address + ctypes.sizeof(head), os.urandom(_SEED_SIZE))
+    memory.write(address + ctypes.sizeof(head), seed)
     return address

@@ -34,10 +34,14 @@ if TYPE_CHECKING:
     from .entry import EntryState
 
 
+_SEED_SIZE = 32
+
+
 class KernelLoad:
     """A kernel and what goes with it, checked and open; then ``copy`` and ``inform``. A context manager.
 
-    ``rsdp`` comes from ``acpi.write_tables``. ImageError: no kernel, or it does not fit. SpecError: a
+    ``rsdp`` comes from ``acpi.write_tables``. ``seeded``: the guest gets randomness, if its protocol has a
+    place for it. ImageError: no kernel, or it does not fit. SpecError: a
     command line or an initrd that does not fit.
     """
 
@@ -49,8 +53,10 @@ class KernelLoad:
         cmdline: str = "",
         initrd: Path | None = None,
         rsdp: int = 0,
+        seeded: bool = True,
     ) -> None:
         self._memory = memory
+        self._seed = os.urandom(_SEED_SIZE) if seeded else b""
         self._rsdp = rsdp
         self._files = ExitStack()
         try:
@@ -86,6 +92,7 @@ class KernelLoad:
             initrd=Blob(self._initrd[1], self._initrd[0].size) if self._initrd else None,
             rsdp=self._rsdp,
             map=memory_map(self._memory.regions),
+            seed=self._seed,
         )
         entry: EntryState = builder.build(self._memory, self._kernel, info)
         write_tables(self._memory, entry.mode)

@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import click
+import msgspec
 
-from hostel.errors import HostelError
+from hostel.errors import HostelError, UserError
 from hostel.plan import Ending, Engine
-from hostel.spec import DEFAULT_MEMORY, MachineSpec, Root, Soft
+from hostel.spec import DEFAULT_MEMORY, MachineSpec, Root, Soft, decode
 
 from . import network, terminal
 from . import options as opt
@@ -33,6 +34,8 @@ ESCAPE = b"\x1d"
 """Ctrl-], as in telnet and virsh: no shell and no editor of the guest needs it."""
 
 _CHUNK = 4096
+_SOFT = ("paging", "trap", "trace", "record")
+_OF_A_REPLAY = ("replay", "trace", "engine", "timeout")
 
 
 @click.command("boot", cls=opt.Command)
@@ -52,6 +55,27 @@ _CHUNK = 4096
 )
 @option(
     "Machine",
+    "--trace",
+    metavar="FILE",
+    shell_complete=opt.complete_path,
+    help="Engine soft: write a line for each VM exit, with its instruction count.",
+)
+@option(
+    "Machine",
+    "--record",
+    metavar="FILE",
+    shell_complete=opt.complete_path,
+    help="Engine soft: write all that comes to the guest from outside, to be replayed.",
+)
+@option(
+    "Machine",
+    "--replay",
+    metavar="FILE",
+    shell_complete=opt.complete_path,
+    help="Run a recorded machine again, instruction by instruction, and check that it is the same.",
+)
+@option(
+    "Machine",
     "--timeout",
     type=opt.duration,
     metavar="TIME",
@@ -65,16 +89,41 @@ def command(timeout: float | None, **given: Any) -> int:
     Exit code: 0 if the guest powers itself off, its own if it writes to the debug exit port, 125 if
     it panics or crashes.
     """
+    if given["replay"]:
+        return _replay(given["replay"], given["trace"] or "", timeout)
     given["memory"] = DEFAULT_MEMORY if given["memory"] is None else given["memory"]
     given["pin"] = given["pin"] or ()
     net, plane, allow = (given.pop(name) for name in ("net", "net_plane", "allow"))
     given["nics"] = network.nics(net, plane, allow, lambda: None)
     given["publish"] = network.ports(given["publish"])
-    soft = {name: value for name in ("paging", "trap") if (value := given.pop(name))}
+    del given["replay"]
+    soft = {name: value for name in _SOFT if (value := given.pop(name))}
     given["soft"] = Soft(**soft) if soft else None
     spec = MachineSpec(**given, root=Root(kind="none"))
     with _started(spec) as engine:
         return _Session(engine).run(timeout)
+
+
+def _replay(path: str, trace: str, timeout: float | None) -> int:
+    """The machine is the log's own; nothing but that can be asked of it."""
+    from pathlib import Path
+
+    from hostel.soft.record import log
+
+    context = click.get_current_context()
+    for name in context.params:
+        asked = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if (asked and name not in _OF_A_REPLAY) or context.params["engine"] in ("kvm", "qemu"):
+            raise UserError(
+                "a replay is of the machine that its log describes",
+                cure=f"give --replay without --{name if asked else 'engine'}",
+            )
+    spec = decode(log.read(Path(path)).spec, format="json")
+    how = msgspec.structs.replace(spec.soft or Soft(), replay=path, trace=trace)
+    with _started(spec.replace(soft=how)) as engine:
+        code = _Session(engine).run(timeout)
+    say.detail(f"the replay of {path} was the same, to the last register")
+    return code
 
 
 @contextlib.contextmanager

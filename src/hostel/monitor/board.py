@@ -29,8 +29,7 @@ from hostel.boot.acpi import AcpiConfig, MmioDevice, write_tables
 from hostel.console import Console
 from hostel.errors import HostelError
 from hostel.hypervisor import System, Vcpu, Vm
-from hostel.plan import Plan
-from hostel.spec import Soft
+from hostel.plan import Ending, Plan
 from hostel.vmm import cpu, layout
 from hostel.vmm.bus import Bus, Device
 from hostel.vmm.irq import InterruptTable
@@ -44,16 +43,11 @@ if TYPE_CHECKING:
     from hostel.virtio.device import VirtioDevice
     from hostel.vmm.pci import PciBus, PciFunction
 
+    from .soft import SoftSide
     from .terminal import Terminal
 
 
-def open_hypervisor(plan: Plan) -> System:
-    """Of the plan's engine."""
-    if plan.engine == "soft":
-        from hostel.soft.vm import System as SoftSystem
-
-        how = plan.spec.soft or Soft()
-        return SoftSystem(paging=how.paging, trap=how.trap)
+def _open_kvm() -> System:
     from hostel.kvm import System as KvmSystem
 
     return KvmSystem()
@@ -95,8 +89,13 @@ class Board:
         owner: Owner,
         *,
         agent_fd: int | None = None,
+        soft: SoftSide | None = None,
     ) -> None:
         self.plan = plan
+        self.take_input: Callable[[int], bytes] = console.take
+        self.clock: Callable[[], float] = time.time
+        """Of the day."""
+        self.timer: Callable[[], int] = time.monotonic_ns
         self.agent_fd = agent_fd
         """The guest's end of the agent's stream; not ours to close."""
         self.virtio: list[VirtioDevice] = []
@@ -107,7 +106,8 @@ class Board:
         self.loop = loop
         self.console = console
         self.owner = owner
-        self._seats_first = plan.engine == "soft" or plan.spec.transport == "mmio"
+        self._soft = soft
+        self._seats_first = soft is not None or plan.spec.transport == "mmio"
         self._seating = threading.Lock()
         self._closed = False
         self._undo = ExitStack()
@@ -119,9 +119,11 @@ class Board:
             raise
 
     def _build(self, loading: Loading) -> None:
-        with closing(open_hypervisor(self.plan)) as system:
+        with closing(self._soft.system() if self._soft else _open_kvm()) as system:
             self.vm = system.create_vm()
             self._undo.callback(self.vm.close)
+            if self._soft is not None:
+                self._soft.wire(self)
             self._map_memory()
             self.vm.create_chipset(layout.HYPERVISOR_PAGES)
             self.interrupts = InterruptTable(self.vm)
@@ -137,6 +139,8 @@ class Board:
             self._prepare_vcpus(system)
             self._open_statistics()
             loading.entry().apply(self.vcpus[0])
+            if self._soft is not None:
+                self._soft.power_on(self)
         self.threads = [self._create_thread(vcpu) for vcpu in self.vcpus]
 
     def start(self) -> None:
@@ -163,7 +167,7 @@ class Board:
         self.ports.release()
         self.mmio.release()
 
-    def close(self) -> str:
+    def close(self, ending: Ending) -> str:
         """Give all back. Where a vCPU's thread that does not end is: it keeps what it may still use."""
         with self._seating:
             self._closed = True
@@ -174,7 +178,9 @@ class Board:
         for device in self.ports.devices():
             if flush := getattr(device, "flush", None):
                 self.enter(device, flush)
-        self._undo.close()
+        with self._undo:
+            if self._soft is not None:
+                self._soft.power_off(self, ending)
         return ""
 
     # -- the list's steps ---------------------------------------------------------------------
@@ -261,9 +267,15 @@ class Board:
         """The console has input. On the event loop."""
         if self._closed:
             return
+        if self._soft is not None and self._soft.tell():
+            return
         if self.terminal is not None and self.terminal.is_dev_console:
             self.terminal.poll_input()
-            return
+        else:
+            self.poll_devices()
+
+    def poll_devices(self) -> None:
+        """They take what they have room for."""
         for device in self.ports.devices():
             if poll := getattr(device, "poll_input", None):
                 self.enter(device, poll)

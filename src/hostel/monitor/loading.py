@@ -40,6 +40,7 @@ class Loading:
                 cmdline=plan.cmdline,
                 initrd=plan.initrd,
                 rsdp=layout.ACPI_ADDRESS,
+                seeded=plan.engine != "soft",  # whose guests are the same each time
             )
             self._load = self._undo.enter_context(load)
         except BaseException:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from hostel.virtio.balloon import Balloon as BalloonDevice
 
     from .board import Board, Named
+    from .soft import SoftSide
 
 MAX_FAULTS = 16
 EVENT_SHUTDOWN, EVENT_RESET = 1, 2  # KVM_SYSTEM_EVENT_*
@@ -66,6 +67,7 @@ class Monitor:
         self._undo = ExitStack()
         self._undo.callback(self.console.close)
         self._board: Board | None = None
+        self._soft: SoftSide | None = None
         self._agent: socket.socket | None = None
         self._agent_is_taken = False
         self._guest_end: socket.socket | None = None
@@ -88,6 +90,7 @@ class Monitor:
                 raise MachineStopped("this machine has been stopped")
             try:
                 check_pins(self.plan.spec.pin)
+                self._open_soft()
                 with Loading(self.plan) as loading:  # before all else: it takes the longest
                     self._open()
                     self._power_on(loading)
@@ -193,6 +196,13 @@ class Monitor:
 
     # -- life cycle ---------------------------------------------------------------------------
 
+    def _open_soft(self) -> None:
+        if self.plan.engine == "soft":
+            from .soft import SoftSide
+
+            self._soft = SoftSide(self.plan, self.console, self._end)
+            self._undo.callback(self._soft.close)
+
     def _open(self) -> None:
         """What outlives a reset."""
         self._loop = EventLoop(self._loop_failed)
@@ -229,7 +239,7 @@ class Monitor:
                 self._board = board
                 board.start()
         if stopping:
-            board.close()
+            board.close(Ending("stopped"))
         else:
             self._seat(board)
         return not stopping
@@ -238,7 +248,15 @@ class Monitor:
         """The kernel is on its way into memory while Python imports what makes the rest."""
         from .board import Board
 
-        return Board(self.plan, loading, self._loop, self.console, self, agent_fd=agent_fd)
+        return Board(
+            self.plan,
+            loading,
+            self._loop,
+            self.console,
+            self,
+            agent_fd=agent_fd,
+            soft=self._soft,
+        )
 
     def _seat(self, board: Board) -> None:
         """The guest runs already. If it has ended meanwhile, that is what counts."""
@@ -248,9 +266,9 @@ class Monitor:
             with self._lock:
                 if self._report is not None:
                     return
-                self._report = Ending("error", str(error))
+                self._report = report = Ending("error", str(error))
                 self._board = None
-            board.close()
+            board.close(report)
             raise
 
     def _end(self, report: Ending) -> None:
@@ -288,7 +306,7 @@ class Monitor:
         board, self._board = self._board, None
         report = self._report
         assert report is not None
-        if board is not None and (at := board.close()):
+        if board is not None and (at := board.close(report)):
             self._stuck = HostError(f"a vCPU's thread does not end: {at}", cost=COST)
             return Ending("error", str(self._stuck))
         if report.kind == "reset" and self._panic.message:
@@ -297,7 +315,10 @@ class Monitor:
 
     def _finish(self, ending: Ending) -> None:
         if self._stuck is None:
-            self._undo.close()
+            try:
+                self._undo.close()
+            except HostelError as error:  # a recording that cannot be finished
+                ending = Ending("error", str(error))
         else:  # the thread that hangs may hold what closing waits for
             self._close_agent()
         self._ending = ending

@@ -39,16 +39,20 @@ def _serial(board: Board) -> Serial:
     return Serial(
         board.interrupts.line(layout.GSI_COM1),
         board.console.feed,
-        source=board.console.take,
+        source=board.take_input,
         later=lambda port: board.enter_later(FLUSH_SECONDS, port, port.flush),
     )
+
+
+def _power(board: Board) -> Power:
+    return Power(board.owner.poweroff, clock=board.timer)
 
 
 SEATS = (
     Seat("serial", layout.PORT_COM1, REGISTERS, 1, _serial),
     Seat("i8042", layout.PORT_I8042_DATA, i8042.SIZE, 1, lambda b: I8042(b.owner.reset)),
-    Seat("rtc", layout.PORT_RTC, 2, 1, lambda b: Rtc()),
-    Seat("power", layout.PORT_ACPI_PM, acpi.PM_BLOCK_SIZE, 4, lambda b: Power(b.owner.poweroff)),
+    Seat("rtc", layout.PORT_RTC, 2, 1, lambda b: Rtc(b.clock)),
+    Seat("power", layout.PORT_ACPI_PM, acpi.PM_BLOCK_SIZE, 4, _power),
     Seat("reset", layout.PORT_RESET, 1, 1, lambda b: ResetControl(b.owner.reset)),
     Seat("debug console", layout.PORT_DEBUG_CONSOLE, 1, 1, lambda b: DebugConsole(b.console.feed)),
     Seat("debug exit", layout.PORT_DEBUG_EXIT, 4, 4, lambda b: DebugExit(b.owner.debug_exit)),

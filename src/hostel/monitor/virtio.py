@@ -102,6 +102,8 @@ def seat_on_mmio(board: Board, undo: ExitStack) -> None:
 
 
 def _makers(board: Board, limit: int) -> list[Callable[[], VirtioDevice]]:
+    if board.plan.spec.soft and board.plan.spec.soft.logged:
+        return []  # their planes run beside the guest
     makers: list[Callable[[], VirtioDevice]] = [partial(_console, board), partial(_rng, board)]
     makers += [*_disks(board), *_shares(board), *virtio_nics(board), *_balloon(board)]
     makers += _vsock(board)

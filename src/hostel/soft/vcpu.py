@@ -28,6 +28,7 @@ from .cpuid import Cpuid
 
 if TYPE_CHECKING:
     from .hypervisor.vcpu import SoftVcpu
+    from .record.inputs import Inputs
     from .state import CpuState
     from .vm import Vm
 
@@ -73,6 +74,8 @@ class Vcpu:
     def _go_on(self) -> Exit | None:
         """With the turn: until it is over, or somebody wants something."""
         vm = self._vm
+        if vm.inputs is not None and not self._ask(vm.inputs):
+            return _INTERRUPTED
         vm.drain()
         if self.idle:
             if not vm.pass_on():
@@ -84,7 +87,18 @@ class Vcpu:
                 vm.pass_on()
             vm.lock.give()  # to who waits for it
             vm.lock.take()
+        elif vm.inputs is not None:
+            vm.inputs.note(exit)
         return exit
+
+    def _ask(self, inputs: Inputs) -> bool:
+        """What came from outside, if it is recorded or replayed. False: the machine is over."""
+        border = inputs.border()
+        if border is border.INPUT:
+            self._vm.lock.give()  # devices have locks of their own
+            self._vm.on_input()
+            self._vm.lock.take()
+        return border is not border.OVER
 
     def _run(self) -> Exit | None:
         vm = self._vm
@@ -98,18 +112,21 @@ class Vcpu:
         """So are all others: time passes as the host's does."""
         vm, begun = self._vm, time.monotonic_ns()
         left = vm.until_timer
-        self._sleep(None if left is None else left / 1e9)
-        vm.pass_time(time.monotonic_ns() - begun)
+        if vm.inputs is None:
+            self._sleep(left)
+            vm.pass_time(time.monotonic_ns() - begun)
+        elif (passed := vm.inputs.idle(left, self._sleep)) is not None:
+            vm.pass_time(passed)
 
-    def _sleep(self, seconds: float | None) -> None:
-        """Without the lock, until something may have come."""
+    def _sleep(self, left: int | None) -> bool:
+        """Without the lock, until something may have come, or so many nanoseconds. False: a kick came."""
         vm = self._vm
         self._awake.clear()
-        if self._kicked or (vm.holder is self and vm.inbox):
-            return
-        vm.lock.give()
-        self._awake.wait(seconds)
-        vm.lock.take()
+        if not (self._kicked or (vm.holder is self and vm.inbox)):
+            vm.lock.give()
+            self._awake.wait(None if left is None else left / 1e9)
+            vm.lock.take()
+        return not self._kicked
 
     @property
     def idle(self) -> bool:
@@ -120,14 +137,16 @@ class Vcpu:
         self._awake.set()
 
     def call(self) -> None:
-        """Out of the guest, and out of sleep. From any thread."""
+        """Out of sleep, and out of the guest: on a recorded machine at its turn's next border, which is soon.
+        From any thread."""
         self._awake.set()
-        if self._runs:
-            self._vm.pcpu.interrupt(HOST_VECTOR)
+        if self._vm.inputs is None:
+            self._vm.machine.attention = True
+            if self._runs:
+                self._vm.pcpu.interrupt(HOST_VECTOR)
 
     def kick(self) -> None:
         self._kicked = True
-        self._vm.machine.attention = True
         self.call()
 
     # --- State ---

@@ -35,6 +35,8 @@ from .vcpu import Counters, Statistics, Vcpu
 if TYPE_CHECKING:
     from hostel.spec import Paging, Trap
 
+    from .record.inputs import Inputs
+
 SLICE = 200_000
 """Guest instructions in one turn: some hundred microseconds."""
 ALONE = 5 * SLICE
@@ -42,12 +44,16 @@ ALONE = 5 * SLICE
 
 
 class System:
-    """Implements ``hypervisor.System``."""
+    """Implements ``hypervisor.System``. ``inputs``: who records or replays what comes from outside to the
+    machine that will be made."""
 
-    def __init__(self, *, paging: Paging = "ept", trap: Trap = "translate") -> None:
+    def __init__(
+        self, *, paging: Paging = "ept", trap: Trap = "translate", inputs: Inputs | None = None
+    ) -> None:
         unicorn_version()
         self._paging: Paging = paging
         self._trap: Trap = trap
+        self._inputs = inputs
 
     def supported_cpuid(self) -> list[abi.CpuidEntry2]:
         return cpuid.supported()
@@ -56,7 +62,7 @@ class System:
         return True
 
     def create_vm(self) -> Vm:
-        return Vm(paging=self._paging, trap=self._trap)
+        return Vm(paging=self._paging, trap=self._trap, inputs=self._inputs)
 
     def close(self) -> None:
         pass
@@ -65,7 +71,13 @@ class System:
 class Vm:
     """Implements ``hypervisor.Vm``: one machine, on a physical machine of its own with one pCPU."""
 
-    def __init__(self, *, paging: Paging, trap: Trap) -> None:
+    def __init__(
+        self,
+        *,
+        paging: Paging,
+        trap: Trap,
+        inputs: Inputs | None,
+    ) -> None:
         from .hypervisor.host import Host
         from .hypervisor.machine import SoftMachine
 
@@ -85,6 +97,9 @@ class Vm:
         self.turn_end = 0
         """When (TSC) the turn is over."""
         self.inbox: deque[Callable[[], object]] = deque()
+        self.inputs = inputs
+        self.on_input: Callable[[], None] = lambda: None
+        """The devices take what the console has: called by a vCPU, where ``inputs`` says so."""
         self._irqfds = Irqfds(self._pulse)
         self._closed = False
 
@@ -110,25 +125,35 @@ class Vm:
     def post(self, action: Callable[[], object]) -> None:
         """Have it done soon by whose turn it is. From any thread."""
         self.inbox.append(action)
-        self._call()
+        self.call()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """To look at the machine, or change it, from any thread that does not run a vCPU now."""
-        self._call()
+        self.call()
         self.lock.take()
         try:
             yield
         finally:
             self.lock.give()
 
-    def _call(self) -> None:
-        """Have who runs come out."""
-        self.machine.attention = True
+    def call(self) -> None:
+        """Have whose turn it is look what there is. From any thread."""
         if (holder := self.holder) is not None:
             holder.call()
 
     # --- Time that nobody uses ---
+
+    @property
+    def now(self) -> int:
+        """Nanoseconds, instruction-counted: the machine's time."""
+        return self.pcpu.tsc
+
+    @property
+    def position(self) -> tuple[int, int, int]:
+        """Whose turn it is, instructions executed, time."""
+        holder = self.holder.id if self.holder else 0
+        return holder, self.pcpu.core.statistics.instructions, self.now
 
     @property
     def until_timer(self) -> int | None:
