@@ -49,7 +49,6 @@ from hostel.soft.state import (
 )
 
 BEYOND = {
-    "segments": "limits and types of 32-bit segments are not checked",
     "fpu": "MXCSR does not collect exceptions",
     **dict.fromkeys(("mmio", "dma"), "an instruction on a device is the hypervisor's to carry out"),
 }

@@ -29,7 +29,22 @@ from hostel.soft.state import (
     Segment,
 )
 
+from . import segments
 from .build import CPU_ENV
+from .flags import (
+    HF_ADDSEG,
+    HF_CPL,
+    HF_CS32,
+    HF_CS64,
+    HF_INHIBIT,
+    HF_LMA,
+    HF_OSFXSR,
+    HF_PE,
+    HF_SMAP,
+    HF_SS32,
+    HF_TS_SHIFT,
+    TIGHT,
+)
 
 EIP, EFLAGS, HFLAGS, SEGMENTS = 0x80, 0x88, 0xB0, 0xB8
 CR, EFER, FPU, FPU_END, TSC_AUX, XCR0 = 0x1A8, 0x250, 0x25C, 0x12C0, 0x1320, 0x1328
@@ -41,8 +56,6 @@ ERROR_CODE, IS_INT, DR, OLD_EXCEPTION, FEATURES, SIZE = (
     0x1600,
     0x1B60,
 )
-HF_CPL, HF_INHIBIT, HF_CS32, HF_SS32, HF_ADDSEG, HF_PE = 3, 8, 0x10, 0x20, 0x40, 0x80
-HF_TS_SHIFT, HF_LMA, HF_CS64, HF_OSFXSR, HF_SMAP = 9, 1 << 14, 1 << 15, 1 << 22, 1 << 23
 
 _GPR = Struct("<16Q")
 _SEGMENTS = Struct("<" + "I4xQII" * 10)
@@ -56,6 +69,8 @@ _DB, _LONG = 1 << 14, 1 << 13
 
 class Env:
     """A view of the live state of one instance."""
+
+    SEGMENTS_AT = SEGMENTS
 
     def __init__(self, cpu: int) -> None:
         self.address = cpu + CPU_ENV
@@ -85,6 +100,22 @@ class Env:
         return linear & (2**64 - 1 if self.u32[HFLAGS // 4] & HF_CS64 else 0xFFFF_FFFF)
 
     @property
+    def code_segment(self) -> tuple[int, int, int]:
+        """Selector, limit, rights."""
+        at = (SEGMENTS + 24) // 4
+        return self.u32[at], self.u32[at + 4], self.u32[at + 5]
+
+    def set_rip(self, value: int) -> None:
+        self.u64[EIP // 8] = value
+
+    def note_segments(self) -> None:
+        """Segment registers may have changed: which are tight now?"""
+        hflags = self.u32[HFLAGS // 4] & ~TIGHT
+        if not hflags & HF_CS64:
+            hflags |= segments.tight(hflags, segments.PARTS.unpack_from(self.bytes, SEGMENTS))
+        self.u32[HFLAGS // 4] = hflags
+
+    @property
     def bits(self) -> int:
         return bits_of(self.u32[HFLAGS // 4])
 
@@ -100,6 +131,7 @@ class Env:
         u64[EIP // 8], u64[EFLAGS // 8] = state.rip, state.rflags | RFLAGS_ONE
         self.u32[HFLAGS // 4] = hflags_of(state)
         self._load_segments(state)
+        self.note_segments()
         u64[CR // 8], u64[CR // 8 + 3], u64[CR // 8 + 4] = state.cr0, state.cr3, state.cr4
         u64[EFER // 8], u64[XCR0 // 8] = state.efer, state.xcr0
         u64[DR // 8 + 6], u64[DR // 8 + 7] = state.dr6, 0x400  # breakpoints are not armed
@@ -173,6 +205,11 @@ def hflags_of(state: CpuState) -> int:
     if state.interruptibility & (BLOCKED_BY_STI | BLOCKED_BY_MOV_SS):
         value |= HF_INHIBIT
     return value
+
+
+def segmented(hflags: int) -> int:
+    """Of these flags, those by which segments are checked; 0 in 64-bit code."""
+    return 0 if hflags & HF_CS64 else hflags & (HF_PE | TIGHT)
 
 
 def bits_of(hflags: int) -> int:

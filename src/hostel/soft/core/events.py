@@ -261,6 +261,8 @@ def _protected(state: CpuState, memory: Memory, event: Event, return_rip: int) -
     gate = _gate(state, memory, event, 8)
     segment = _handler(state, memory, gate, external)
     ring = segment.selector & 3
+    if gate.offset > segment.limit:
+        raise Fault(GP, external)
     frame = [_pushed_flags(state, event), state.cs.selector, return_rip]
     if event.error is not None:
         frame.append(event.error)

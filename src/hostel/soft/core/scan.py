@@ -4,14 +4,18 @@
 keeps for itself, in any ring. A block is scanned from its first instruction as it was met, so that data
 between code, or code read from its middle, is never taken for an instruction.
 
-In ring 3, loads of segment registers are sensitive too: they read the GDT with a supervisor's rights,
-which an ``Mmu`` has to be told. An instruction that iced-x86 does not know, or that has a LOCK prefix where
-none may be, is #UD: the translator under us is not always that strict.
+In ring 3, loads of segment registers are sensitive too: they read the GDT with a supervisor's rights, which
+an ``Mmu`` has to be told. In 16- and 32-bit protected mode they are in every ring, for behind them other
+accesses may have to be checked; and so are those (``segments.py``). An instruction that iced-x86 does not
+know, or that has a LOCK prefix where none may be, is #UD: the translator under us is not always that strict.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from .flags import HF_PE
+from .segments import Reach
 
 if TYPE_CHECKING:
     from iced_x86 import Instruction
@@ -55,32 +59,38 @@ class Scanner:
         self._codes = frozenset(getattr(iced.Code, name) for name in _CONTROL_MOVES + _FAR)
         self._ring3 = frozenset(getattr(iced.Code, name) for name in _SEGMENT_MOVES)
         self._ring3_mnemonics = frozenset(getattr(iced.Mnemonic, name) for name in _SEGMENT_LOADS)
-        self._blocks: dict[tuple[bytes, int, bool], int | None] = {}
+        self.reach = Reach()
+        self._blocks: dict[tuple[bytes, int, bool, int], int | None] = {}
         self._instructions: dict[tuple[bytes, int], Instruction] = {}
 
-    def sensitive(self, instruction: Instruction, ring3: bool) -> bool:
+    def sensitive(self, instruction: Instruction, ring3: bool, segmented: int = 0) -> bool:
+        """``segmented``: as ``env.segmented`` has it."""
         if instruction.mnemonic in self._mnemonics or instruction.code in self._codes:
             return True
-        return ring3 and (
+        if (ring3 or segmented & HF_PE) and (
             instruction.code in self._ring3 or instruction.mnemonic in self._ring3_mnemonics
-        )
+        ):
+            return True
+        return bool(segmented) and self.reach.through_tight(instruction, segmented)
 
-    def first_sensitive(self, code: bytes, bits: int, ring3: bool) -> int | None:
+    def first_sensitive(
+        self, code: bytes, bits: int, ring3: bool, segmented: int = 0
+    ) -> int | None:
         """The offset of the first sensitive instruction of a block."""
-        key = code, bits, ring3
+        key = code, bits, ring3, segmented
         try:
             return self._blocks[key]
         except KeyError:
             pass
         if len(self._blocks) > _REMEMBERED:
             self._blocks.clear()
-        found = self._blocks[key] = self._search(code, bits, ring3)
+        found = self._blocks[key] = self._search(code, bits, ring3, segmented)
         return found
 
-    def _search(self, code: bytes, bits: int, ring3: bool) -> int | None:
+    def _search(self, code: bytes, bits: int, ring3: bool, segmented: int) -> int | None:
         at = 0
         for instruction in self._decoder(bits, code):
-            if self.sensitive(instruction, ring3):
+            if self.sensitive(instruction, ring3, segmented):
                 return at
             at += instruction.len
         return None

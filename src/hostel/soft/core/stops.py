@@ -15,8 +15,9 @@ from hostel.soft.silicon import Access, EptFault, Event, EventType, PageFault, R
 from hostel.soft.state import RSP
 
 from .engine import EXCEPTION, ILLEGAL
-from .env import EIP, HF_CS64, IS_INT
+from .env import EIP, IS_INT
 from .events import Fault
+from .flags import HF_CS64
 from .translations import NotCanonical, Refusal
 from .view import INT3
 

@@ -48,12 +48,14 @@ from hostel.soft.state import (
 
 from .delivery import SHADOWED, Delivery, ept_exit
 from .engine import FOREVER, FULL, TO_SCAN, Engine
-from .env import FPU, FPU_END, HF_INHIBIT
+from .env import FPU, FPU_END, segmented
 from .events import Fault
+from .flags import HF_CS64, HF_INHIBIT, TIGHT_CS
 from .instructions import STATELESS, Handlers
 from .linear import LinearMemory
 from .outcome import Outcome
 from .scan import LONGEST, Scanner
+from .segments import Landing
 from .stops import Stops
 from .translations import Translations
 from .view import SplitView
@@ -262,7 +264,8 @@ class TranslatingCore:
     def one(self) -> VmExit | None:
         """Execute the instruction at RIP, and no more."""
         instruction = self.instruction()
-        if self.scanner.sensitive(instruction, self.engine.env.cpl == 3):
+        env = self.engine.env
+        if self.scanner.sensitive(instruction, env.cpl == 3, segmented(env.hflags)):
             return self.act(instruction)
         return self._go(1, cut=True)
 
@@ -283,6 +286,8 @@ class TranslatingCore:
 
     def act(self, instruction: Instruction) -> VmExit | None:
         """What a sensitive instruction does in this ring, under these controls."""
+        if not self.engine.env.hflags & HF_CS64:
+            self.scanner.reach.check(self.engine.env, instruction)
         handler = self._handlers.of(instruction)
         if handler not in STATELESS:
             self.sync()
@@ -291,17 +296,24 @@ class TranslatingCore:
         if isinstance(result, VmExit):
             return result
         if result in (Outcome.NATIVE, Outcome.IMPLICIT):
-            return self._natively(result is Outcome.IMPLICIT)
+            return self._natively(instruction, result is Outcome.IMPLICIT)
         self.statistics.instructions_replaced += 1
         return self._complete(instruction, result)
 
-    def _natively(self, implicit: bool) -> VmExit | None:
+    def _natively(self, instruction: Instruction, implicit: bool) -> VmExit | None:
         self._resume()
+        env = self.engine.env
+        landing = Landing(env, instruction.len) if env.hflags & TIGHT_CS else None
         self.translations.implicit = implicit
         try:
-            return self._go(1, cut=True)
+            exit = self._go(1, cut=True)
         finally:
             self.translations.implicit = False
+        if exit is None and not self._synced:
+            env.note_segments()
+            if landing:
+                landing.check()
+        return exit
 
     def _complete(self, instruction: Instruction, result: Outcome) -> VmExit | None:
         state = self.state

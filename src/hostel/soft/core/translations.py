@@ -9,7 +9,8 @@ from hostel.soft.silicon import Access, EptFault, PageFault, Translation
 from hostel.soft.state import CR4_SMAP, RFLAGS_AC
 
 from .coherence import Coherence
-from .env import EFLAGS, HF_CS64
+from .env import EFLAGS
+from .flags import HF_CS64
 
 if TYPE_CHECKING:
     from .translate import TranslatingCore

@@ -13,7 +13,7 @@ from hostel.soft.physical import PAGE, PhysicalMemory
 from hostel.soft.silicon import CoreStatistics
 
 from .engine import Block, Engine
-from .env import bits_of
+from .env import bits_of, segmented
 from .scan import Scanner
 
 INT3 = b"\xcc"
@@ -57,7 +57,10 @@ class SplitView:
         code = self.code(block.pc, block.size)
         if len(code) != block.size:
             raise HostError(f"a block at {block.pc:#x} comes from a page that was not fetched")
-        found = self._scanner.first_sensitive(code, bits_of(block.flags), block.flags & 3 == 3)
+        flags = block.flags
+        found = self._scanner.first_sensitive(
+            code, bits_of(flags), flags & 3 == 3, segmented(flags)
+        )
         if found is None:
             return False
         self._request = block, found
