@@ -45,7 +45,7 @@ class Delivery:
         return self._through(event, self._core.state.rip + event.length)
 
     def inject(self, event: Event) -> VmExit | None:
-        """At VM entry: nothing intercepts it (§26.6.1)."""
+        """At VM entry: nothing intercepts it (§26.5.1.2)."""
         self._core.state.activity = ACTIVE
         return self._through(event, self._core.state.rip + event.length)
 

@@ -180,7 +180,7 @@ class SvmCore:
                 return exit
 
     def _before(self, event: Event | None) -> VmExit | None:
-        """What exits before the first instruction (SDM vol. 3C §26.7)."""
+        """What exits before the first instruction (SDM vol. 3C §26.6.4 to §26.6.6)."""
         state, controls = self._state, self._controls
         if event is not None:
             state.activity = ACTIVE

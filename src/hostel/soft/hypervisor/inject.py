@@ -2,7 +2,7 @@
 
 By priority: an event whose delivery a VM exit broke off, or an exception that a handler answered with; NMI;
 an interrupt of the local APIC or the PIC. What cannot be taken yet opens a window: the exit comes as soon
-as it can (SDM vol. 3C §26.7.5, §26.7.6). INIT and SIPI act on a vCPU that does not run (§25.2, SDM vol. 3A
+as it can (SDM vol. 3C §26.6.5, §26.6.6). INIT and SIPI act on a vCPU that does not run (§25.2, SDM vol. 3A
 §8.4.3).
 """
 

@@ -1,4 +1,4 @@
-"""VM entry, once all is checked: the guest's state, the controls, the event (SDM vol. 3C §26.3.2, §26.6).
+"""VM entry, once all is checked: the guest's state, the controls, the event (SDM vol. 3C §26.3.2, §26.5).
 
 What has no field in the VMCS stays as it is in the processor, for the hypervisor to load before: general
 registers, CR2, CR8, XCR0, DR0–3, DR6, the FPU, and MSRs such as LSTAR and KERNEL_GS_BASE.
@@ -110,7 +110,7 @@ def _load_segments(state: CpuState, area: tuple[int, ...]) -> None:
 
 
 def event_to_inject(vmcs: Vmcs) -> Event | None:
-    """§26.6.1: the event of the VM-entry interruption-information field."""
+    """§26.5.1: the event of the VM-entry interruption-information field."""
     info = vmcs.read(Field.ENTRY_INTERRUPTION_INFO)
     if not info & EVENT_VALID:
         return None
