@@ -163,7 +163,7 @@ class Machine:
             try:
                 hello = client.wait_hello(limit)
                 self._mark("boot")
-                client.setup(prepared.steps)
+                prepared.heard(client.setup(prepared.steps))
             except AgentError as error:
                 tail = self.console.tail(CONSOLE_LINES)
                 raise BootError(f"the guest could not be set up: {error}", console=tail) from None
@@ -186,8 +186,7 @@ class Machine:
         client, _ = self._running()
         with contextlib.suppress(HostelError):  # it is going down already
             client.shutdown()
-        assert self._engine is not None
-        self._engine.wait(timeout)
+        self._driven().wait(timeout)
 
     def _restart(self) -> None:
         """The guest rebooted: power on anew. Commands wait; those that ran have ended."""
@@ -337,11 +336,13 @@ class Machine:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """The guest's addresses on its networks, in the order of its NICs; those of networks that are not
-        hostel's own are not known here."""
-        if self._prepared is None:
-            raise MachineStopped("the machine has not been started")
-        return tuple(address for nic in self._prepared.nics() for address in nic["addresses"])
+        """The guest's addresses on its networks, in the order of its NICs; those by DHCP once it is ready."""
+        return self._running()[1].addresses()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What did not go as a user may expect, and is no error; known after ``wait_ready``."""
+        return self._running()[1].notes()
 
     @property
     def console(self) -> Console:

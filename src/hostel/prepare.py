@@ -89,16 +89,40 @@ class Preparation(msgspec.Struct, frozen=True):
     steps: tuple[Step, ...]
     attachments: tuple[Attachment, ...] = ()
 
+    found: dict[str, str] = {}
+    """By a NIC's MAC, the address with its prefix that its network gave (DHCP); empty if it gave none."""
+
+    def heard(self, said: str) -> None:
+        """What the agent said when it had done its steps."""
+        from .guest.network import answers
+
+        self.found.update(answers(said, self.attachments))
+
+    def notes(self) -> tuple[str, ...]:
+        """What did not go as a user may expect, and is no error."""
+        from .guest.network import unanswered
+
+        return tuple(unanswered(self.found, self.attachments))
+
     def nics(self) -> list[dict[str, Any]]:
         """What each NIC is, and the guest's addresses on it as far as they are known here."""
         return [
             {
                 **msgspec.structs.asdict(one.interface),
                 "limits": msgspec.to_builtins(one.interface.limits),
-                "addresses": [a.partition("/")[0] for a in one.link.addresses] if one.link else [],
+                "addresses": [a.partition("/")[0] for a in self._addresses(one)],
             }
             for one in self.attachments
         ]
+
+    def addresses(self) -> tuple[str, ...]:
+        """Those of all NICs, in their order, without their prefixes."""
+        return tuple(a.partition("/")[0] for one in self.attachments for a in self._addresses(one))
+
+    def _addresses(self, one: Attachment) -> Sequence[str]:
+        if one.link:
+            return one.link.addresses
+        return [address] if (address := self.found.get(one.interface.mac)) else []
 
 
 def prepare(

@@ -28,6 +28,7 @@ NICS = [
         "nat,bps=1M,pps=1000",
         Nic(limits=Limits(bytes=Rate(per_second=1 << 20), operations=Rate(per_second=1000))),
     ),
+    ("bridge=br0,ip=dhcp", Nic(mode="bridge", target="br0", address="dhcp")),
     ("none", None),
 ]
 
@@ -60,6 +61,8 @@ def test_nic(text: str, nic: Nic | None) -> None:
         ("nat,ip=10.213.0.255/24", "no machine can have"),
         ("nat,ip=127.0.0.1", "no machine can have"),
         ("nat,ip=::1", "not an IPv4 address"),
+        ("nat,ip=dhcp", "without DHCP"),
+        ("user,ip=none", "without DHCP"),
         ("nat,model=rtl8139", "not one of virtio, e1000"),
         ("nat,plane=fast", "not one of auto"),
         ("nat,plane=vhost-user", "vhost-user=SOCKET"),

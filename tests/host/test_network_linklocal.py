@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from guests.frames import UDP, advertisement, datagram, ipv4, ipv6
 from guests.namespaces import HOST, Guest, Namespace, missing, world
 from hostel.host.interface import Attachment, GuestLink, Interface
 from hostel.host.network import attach
@@ -22,7 +23,7 @@ from hostel.spec import Nic
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
-HOST_V6, GUEST_V6, ALL_NODES = "2001:db8::1", "fe80::5", "ff02::1"
+HOST_V6, GUEST_V6, PREFIX = "2001:db8::1", "fe80::5", "2001:db8:bad::"
 MARK, PORT = b"past the rules", 443
 GROUPS = [bytes.fromhex(f"0180c20000{last:02x}") for last in range(16)]
 """The first is the bridge's own if it speaks STP, else it is forwarded as any other."""
@@ -53,40 +54,6 @@ def bare(host: Namespace) -> Iterator[Attachment]:
 def ours(nic: Nic, folder: Path) -> Iterator[Attachment]:
     with attach([nic], [], folder, "", cpus=1) as networks:
         yield networks.attachments[0]
-
-
-def checksum(data: bytes) -> int:
-    total = sum(int(word) for word in struct.unpack(f">{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
-
-
-def ipv4(source: str, target: str) -> bytes:
-    body = struct.pack(">HHHH", 4000, PORT, 8 + len(MARK), 0) + MARK
-    header = bytearray(struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(body), 1, 0, 64, 17, 0))
-    header += socket.inet_aton(source) + socket.inet_aton(target)
-    header[10:12] = checksum(bytes(header)).to_bytes(2, "big")
-    return b"\x08\x00" + header + body
-
-
-def ipv6(target: str, protocol: int, body: bytes, sum_at: int) -> bytes:
-    """Hop limit 255: of this link (RFC 4861 §6.1.2)."""
-    source, to = (socket.inet_pton(socket.AF_INET6, text) for text in (GUEST_V6, target))
-    pseudo = source + to + struct.pack(">II", len(body), protocol)
-    total = checksum(pseudo + body + bytes(len(body) % 2))
-    body = body[:sum_at] + total.to_bytes(2, "big") + body[sum_at + 2 :]
-    return (
-        b"\x86\xdd" + struct.pack(">IHBB", 6 << 28, len(body), protocol, 255) + source + to + body
-    )
-
-
-def advertisement() -> bytes:
-    """A router for half an hour, and a prefix (RFC 4861 §4.2, §4.6.2)."""
-    prefix = socket.inet_pton(socket.AF_INET6, "2001:db8:bad::")
-    body = struct.pack(">BBHBBHII", 134, 0, 0, 64, 0, 1800, 0, 0)
-    body += struct.pack(">BBBBIII", 3, 4, 64, 0xC0, 86400, 14400, 0) + prefix
-    return ipv6(ALL_NODES, 58, body, 2)
 
 
 def request(mac: bytes, address: str) -> bytes:
@@ -127,12 +94,11 @@ def intrusions(host: Namespace, attachment: Attachment, groups: list[bytes] = GR
         stack.enter_context(wire)
         wire.bind(("eth0", 0))
         own = bytes.fromhex(guest.mac.replace(":", ""))
-        datagram = struct.pack(">HHHH", 4000, PORT, 8 + len(MARK), 0) + MARK
         for group in groups:
             for packet in (
-                ipv4(address, HOST),
-                ipv6(HOST_V6, 17, datagram, 6),
-                advertisement(),
+                ipv4(address, HOST, datagram(PORT, MARK)),
+                ipv6(GUEST_V6, HOST_V6, UDP, datagram(PORT, MARK), 6),
+                advertisement(GUEST_V6, PREFIX),
                 request(own, address),
             ):
                 wire.send(group + own + packet)
@@ -142,7 +108,7 @@ def intrusions(host: Namespace, attachment: Attachment, groups: list[bytes] = GR
         found = {
             "IPv4": got(v4),
             "IPv6": got(v6),
-            ROUTER: "2001:db8:bad" in routes or GUEST_V6 in routes,
+            ROUTER: PREFIX in routes or f"via {GUEST_V6} " in routes,
             "ARP": got(wire, is_reply),
         }
     return [what for what, there in found.items() if there]

@@ -318,6 +318,8 @@ class _Run:
             machine.wait_ready()
         finally:
             say.progress("")
+        for note in machine.notes:
+            say.note(note)
 
     def _execute(self, machine: Machine, signals: Signals) -> tuple[ExitStatus, float]:
         begun = time.monotonic()

@@ -104,9 +104,10 @@ class AgentClient:
             self._pongs.discard(token)
         return time.monotonic() - start
 
-    def setup(self, steps: Sequence[Step], timeout: float | None = 60.0) -> None:
-        """Mounts, the root, the host name …, in order. ``AgentError`` names the step that failed."""
-        self.request(Type.SETUP, encode_steps(steps)).finished(timeout)
+    def setup(self, steps: Sequence[Step], timeout: float | None = 60.0) -> str:
+        """Mounts, the root, the host name …, in order; what the steps have to say (``Dhcp``).
+        ``AgentError`` names the step that failed."""
+        return self.request(Type.SETUP, encode_steps(steps)).finished(timeout).said
 
     def spawn(
         self,

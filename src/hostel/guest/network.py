@@ -3,19 +3,21 @@
 ::
 
     Attachment.link    interface: MTU, up, addresses, default route    /etc/resolv.conf    /etc/hosts
-    None               interface: up                                   as it is            own name
+    .dhcp              interface: up, and all else by DHCP             by DHCP             own name
+    neither            interface: up                                   as it is            own name
 
-The host knows all of it beforehand, so the guest asks nobody and waits for nothing.
+On networks of hostel's own the host knows all of it beforehand: the guest asks nobody, and waits for nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from hostel.errors import AgentError
 from hostel.host.interface import Attachment, GuestLink
 from hostel.spec import MachineSpec
 
-from .steps import Hostname, Link, MakeDirectory, Remove, Step, WriteFile
+from .steps import Dhcp, Hostname, Link, MakeDirectory, Remove, Step, WriteFile
 
 DRIVERS = {"virtio": "virtio_net", "e1000": "e1000"}
 DEFAULT_HOSTNAME = "hostel"
@@ -39,8 +41,10 @@ def network_steps(spec: MachineSpec, attachments: Sequence[Attachment]) -> Itera
     for attachment, nic in zip(attachments, spec.nics, strict=True):
         yield _interface(attachment, nic.mtu)
     links = [attachment.link for attachment in attachments if attachment.link]
+    asking = [attachment for attachment in attachments if attachment.dhcp]
     yield MakeDirectory("/etc")
-    if content := resolver(links):
+    content = resolver(links)
+    if content or asking:
         # It may be a link into /run or to a file of the host's resolver: that is not to be written.
         yield Remove("/etc/resolv.conf")
         yield WriteFile("/etc/resolv.conf", content)
@@ -48,6 +52,38 @@ def network_steps(spec: MachineSpec, attachments: Sequence[Attachment]) -> Itera
     name = hostname(spec)
     yield WriteFile("/etc/hosts", f"\n{address}\t{name}\n".encode(), append=True)
     yield Hostname(name)
+    if asking:
+        macs = tuple(attachment.interface.mac for attachment in asking)
+        yield Dhcp(macs, max(attachment.dhcp for attachment in asking))
+
+
+def answers(said: str, attachments: Sequence[Attachment]) -> dict[str, str]:
+    """By MAC, what the step ``Dhcp`` got: an address with its prefix, or nothing."""
+    found = dict(line.split(" ", 1) for line in said.splitlines() if " " in line)
+    wanted = [one.interface.mac for one in attachments if one.dhcp]
+    if sorted(found) != sorted(wanted) or not all(map(_is_address, found.values())):
+        raise AgentError("the agent broke its protocol: addresses that are none, or nobody's")
+    return found
+
+
+def _is_address(text: str) -> bool:
+    from ipaddress import IPv4Interface
+
+    try:
+        return not text or bool(IPv4Interface(text))
+    except ValueError:
+        return False
+
+
+def unanswered(found: Mapping[str, str], attachments: Sequence[Attachment]) -> Iterator[str]:
+    """A line for each NIC without an address, for the user."""
+    for one in attachments:
+        if one.dhcp and not found.get(one.interface.mac):
+            where = f"{one.interface.backend} {one.interface.target}"
+            yield (
+                f"the guest has no IPv4 address on {where}: no DHCP server answered in {one.dhcp:g} s; "
+                "it goes on asking; give it one with ip=ADDRESS/PREFIX, or say ip=none"
+            )
 
 
 def _interface(attachment: Attachment, asked: int) -> Link:

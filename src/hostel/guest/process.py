@@ -41,6 +41,8 @@ class ExitStatus(msgspec.Struct, frozen=True):
     code: int | None = None
     signal: int | None = None
     error: str = ""
+    said: str = ""
+    """Of a SETUP: what its steps have found out."""
 
     @property
     def returncode(self) -> int:
@@ -334,7 +336,7 @@ def read_exit(payload: bytearray) -> ExitStatus:
     kind, value, step, text = fields.u32(), fields.u32(), fields.string(), fields.string()
     fields.end()
     if kind == ExitKind.CODE:
-        return ExitStatus(code=value & 0xFF)
+        return ExitStatus(code=value & 0xFF, said=text)
     if kind == ExitKind.SIGNAL:
         return ExitStatus(signal=value & 0x7F)
     if kind == ExitKind.FAILED and step == "exec":

@@ -88,6 +88,7 @@ class StepOp(IntEnum):
     ROOT = 9
     REMOVE = 10
     LINK = 11
+    DHCP = 12
 
 
 class ExitKind(IntEnum):

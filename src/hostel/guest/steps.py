@@ -199,6 +199,24 @@ class Link(msgspec.Struct, frozen=True):
         writer.strings(self.addresses).strings(self.gateways)
 
 
+class Dhcp(msgspec.Struct, frozen=True):
+    """Ask for an address, routes and name servers on the interfaces with these MAC addresses, all at once.
+
+    Who got none in so many seconds goes on asking while the machine runs. What became of each is in what
+    SETUP says at its end: a line ``MAC ADDRESS/PREFIX`` each, without an address where there was none.
+    """
+
+    macs: Sequence[str]
+    seconds: float
+
+    @property
+    def label(self) -> str:
+        return f"ask for an address on {', '.join(self.macs)}"
+
+    def encode(self, writer: Writer) -> None:
+        writer.u32(StepOp.DHCP).string(self.label).u32(int(self.seconds * 1000)).strings(self.macs)
+
+
 class Hostname(msgspec.Struct, frozen=True):
     name: str
 

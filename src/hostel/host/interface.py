@@ -37,7 +37,7 @@ class Interface(msgspec.Struct, frozen=True):
 
 
 class GuestLink(msgspec.Struct, frozen=True):
-    """What the guest sets up on the interface with this MAC: there is no DHCP on networks of ours."""
+    """What the guest sets up on the interface with this MAC: on networks of ours nobody is asked."""
 
     mac: str
     addresses: tuple[str, ...]
@@ -51,7 +51,9 @@ class GuestLink(msgspec.Struct, frozen=True):
 
 
 class Attachment(msgspec.Struct, frozen=True):
-    """One NIC of a machine; ``link`` is None where the guest configures itself (DHCP, or nothing)."""
+    """One NIC of a machine; ``link`` is None where nothing is known beforehand."""
 
     interface: Interface
     link: GuestLink | None
+    dhcp: float = 0
+    """Seconds that a start waits until somebody has given the guest an address; 0: nobody is asked."""

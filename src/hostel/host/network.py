@@ -4,7 +4,7 @@
 
     Nic.mode                 made on the host                              the guest is told
     nat, isolated            a tap on a bridge of ours (``net/``)          address, gateway, names
-    bridge, macvtap          a tap or macvtap on an interface of the host  its address, if one was given
+    bridge, macvtap          a tap or macvtap on an interface of the host  its address, or to ask (DHCP)
     tap, vhost-user          nothing: it is there                          the same
     user                     a passt process                               address, gateway, names
 
@@ -42,6 +42,9 @@ _OTHERS = {"bridge": "bridge", "macvtap": "", "tap": "tun"}
 """Modes with a keeper; all need root."""
 
 _LOCALLY_ADMINISTERED, _MULTICAST = 2, 1
+DHCP_SECONDS = 10.0
+"""How long a start waits for a server's answer. One on the same wire takes milliseconds, one that first
+looks whether an address is free, two seconds or three."""
 
 
 class _Place(NamedTuple):
@@ -96,15 +99,15 @@ def check(nics: Sequence[Nic], publish: Sequence[Publish], name: str, *, cpus: i
 def _checked(nic: Nic, index: int, name: str, cpus: int) -> Nic:
     from .net import allow
 
-    if nic.address and nic.mode == "user":
+    if nic.given and nic.mode == "user":
         raise SpecError(
             f"an address is for networks of hostel's own, not for {nic.mode}",
             cure="use nat or isolated",
         )
-    if nic.address and nic.mode not in OWN and "/" not in nic.address:
+    if nic.given and nic.mode not in OWN and "/" not in nic.given:
         raise SpecError(
-            f"how large the network of {nic.address} is, is not known here",
-            cure=f"write its prefix too, such as {nic.address}/24",
+            f"how large the network of {nic.given} is, is not known here",
+            cure=f"write its prefix too, such as {nic.given}/24",
         )
     for entry in nic.allow or ():
         allow.parse(entry)
@@ -148,7 +151,7 @@ def _lease(nic: Nic, publish: Sequence[Publish], name: str) -> Lease:
     request = {
         "machine": name,
         "mac": nic.mac,
-        "address": nic.address,
+        "address": nic.given,
         "mtu": nic.mtu,
         "queues": nic.queues,
         "allow": nic.allow,
@@ -162,19 +165,22 @@ def _leased(networks: Networks, nic: Nic, lease: Lease) -> Attachment:
     backend: Literal["tap", "macvtap"] = "macvtap" if nic.mode == "macvtap" else "tap"
     mtu = nic.mtu or (answer["mtu"] if answer["mtu"] != 1500 else 0)
     networks.notes += tuple(n for n in answer.get("notes", ()) if n not in networks.notes)
-    return Attachment(_interface(nic, backend, answer["target"], mtu), _link(nic, answer))
+    interface = _interface(nic, backend, answer["target"], mtu)
+    if nic.mode in OWN:
+        return Attachment(interface, _link(nic, answer))
+    return _foreign(nic, interface, mtu=answer["mtu"], delay=answer.get("delay", 0))
 
 
-def _fixed(nic: Nic, mtu: int = 0) -> GuestLink | None:
-    """On a network that is not ours: what was asked for, if anything was."""
-    if not nic.address:
-        return None
-    return GuestLink(mac=nic.mac, addresses=(nic.address,), mtu=nic.mtu or mtu or 1500)
+def _foreign(nic: Nic, interface: Interface, *, mtu: int = 0, delay: float = 0) -> Attachment:
+    """On a network that is not ours: the address that was named, or the guest asks. ``delay``: seconds until
+    the network carries anything."""
+    if nic.given:
+        link = GuestLink(mac=nic.mac, addresses=(nic.given,), mtu=nic.mtu or mtu or 1500)
+        return Attachment(interface, link)
+    return Attachment(interface, None, dhcp=DHCP_SECONDS + delay if nic.asks else 0)
 
 
-def _link(nic: Nic, answer: dict[str, Any]) -> GuestLink | None:
-    if "addresses" not in answer:
-        return _fixed(nic, answer["mtu"])
+def _link(nic: Nic, answer: dict[str, Any]) -> GuestLink:
     return GuestLink(
         mac=nic.mac,
         addresses=tuple(answer["addresses"]),
@@ -208,13 +214,13 @@ def _given(nic: Nic) -> Attachment:
     """A tap or a socket that somebody else made."""
     if nic.mode == "tap":
         _check_interface(nic)
-        return Attachment(_interface(nic, "tap", nic.target, nic.mtu), _fixed(nic))
+        return _foreign(nic, _interface(nic, "tap", nic.target, nic.mtu))
     path = Path(nic.target)
     if not path.exists() or not stat.S_ISSOCK(path.stat().st_mode):
         raise UserError(
             f"{path} is no socket", cure="start the vhost-user backend first, as a server"
         )
-    return Attachment(_interface(nic, "vhost-user", str(path.resolve()), nic.mtu), _fixed(nic))
+    return _foreign(nic, _interface(nic, "vhost-user", str(path.resolve()), nic.mtu))
 
 
 def _foreseen(nic: Nic, runtime: Path, index: int) -> Attachment:
@@ -222,7 +228,7 @@ def _foreseen(nic: Nic, runtime: Path, index: int) -> Attachment:
 
     _check_interface(nic)
     if nic.mode in OWN:
-        answer = fabric.foreseen(nic.mode, nic.target, nic.address, nic.mtu)
+        answer = fabric.foreseen(nic.mode, nic.target, nic.given, nic.mtu)
         return Attachment(_interface(nic, "tap", answer["target"], nic.mtu), _link(nic, answer))
     if nic.mode == "user":
         target = str(runtime / f"passt{index}.sock")
@@ -230,9 +236,9 @@ def _foreseen(nic: Nic, runtime: Path, index: int) -> Attachment:
             _interface(nic, "stream", target, nic.mtu), passt.link(nic, subnet.routes())
         )
     if nic.mode == "bridge":
-        return Attachment(_interface(nic, "tap", "hostel-t0", nic.mtu), _fixed(nic))
+        return _foreign(nic, _interface(nic, "tap", "hostel-t0", nic.mtu))
     if nic.mode == "macvtap":
-        return Attachment(_interface(nic, "macvtap", "/dev/tap0", nic.mtu), _fixed(nic))
+        return _foreign(nic, _interface(nic, "macvtap", "/dev/tap0", nic.mtu))
     return _given(nic)
 
 

@@ -7,6 +7,7 @@
  *   files.c   children that pack and unpack trees of files
  *   setup.c   the steps of SETUP
  *   net.c     network interfaces
+ *   dhcp.c    a DHCP client; lease.c: its messages
  *   boot.c    what PID 1 does before there is a host to talk to, and at the end
  *
  * Rules: the loop never blocks but in poll(). What may block (files, user look-up) is done in a child,
@@ -117,12 +118,31 @@ _Noreturn void child_unpack(const uint8_t *message, size_t size);
 /* setup.c */
 
 void setup(uint32_t stream, const uint8_t *message, size_t size);
+void setup_says(const char *line);
 int make_directories(const char *path, mode_t mode);
 
 /* net.c */
 
+struct address {	/* of either family */
+	uint8_t family, size, prefix, bytes[16];
+};
+struct interface {
+	uint32_t index;
+	uint8_t mac[6];
+	char name[16];
+};
+
 int step_link(struct cursor *cursor);
 void network_basics(void);
+int find_interface(const char *mac, struct interface *interface);
+void lower_mtu(const struct interface *interface, uint32_t mtu);
+int set_address(uint32_t index, const struct address *address, uint32_t seconds);
+int drop_address(uint32_t index, const struct address *address);
+int set_route(uint32_t index, const struct address *to, const struct address *gateway, uint32_t metric);
+
+/* dhcp.c */
+
+int step_dhcp(struct cursor *cursor);
 
 /* boot.c */
 

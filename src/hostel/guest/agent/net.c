@@ -1,7 +1,7 @@
 /* Network interfaces: found by their MAC address, since only the host knows which is which.
  *
- * All is static and nothing is waited for: the host says each address, and has made sure that it is free,
- * so there is no DHCP, no duplicate address detection and no wait for a carrier.
+ * What the host says of addresses is so: it has made sure that each is free, so there is no duplicate
+ * address detection and no wait for a carrier. Where it does not know, dhcp.c asks.
  *
  * rtnetlink (rtnetlink(7)): one request at a time, each acknowledged. */
 #define _GNU_SOURCE
@@ -22,10 +22,10 @@
 
 /* linux/netlink.h, linux/rtnetlink.h and linux/if_addr.h, which a musl tool chain may lack. */
 enum {
-	NETLINK_ROUTE = 0, NLMSG_ERROR = 2, NLM_F_REQUEST = 1, NLM_F_ACK = 4, NLM_F_EXCL = 0x200,
-	NLM_F_CREATE = 0x400, RTM_NEWADDR = 20, RTM_NEWROUTE = 24, IFA_ADDRESS = 1, IFA_LOCAL = 2,
-	IFA_F_NODAD = 2, RTA_DST = 1, RTA_OIF = 4, RTA_GATEWAY = 5, RT_TABLE_MAIN = 254, RTPROT_BOOT = 3,
-	RT_SCOPE_UNIVERSE = 0, RT_SCOPE_LINK = 253, RTN_UNICAST = 1,
+	NETLINK_ROUTE = 0, NLMSG_ERROR = 2, NLM_F_REQUEST = 1, NLM_F_ACK = 4, NLM_F_REPLACE = 0x100,
+	NLM_F_EXCL = 0x200, NLM_F_CREATE = 0x400, RTM_NEWADDR = 20, RTM_DELADDR = 21, RTM_NEWROUTE = 24,
+	IFA_ADDRESS = 1, IFA_LOCAL = 2, IFA_CACHEINFO = 6, IFA_F_NODAD = 2, RTA_DST = 1, RTA_OIF = 4,
+	RTA_GATEWAY = 5, RTA_PRIORITY = 6, RT_TABLE_MAIN = 254, RTPROT_BOOT = 3, RT_SCOPE_UNIVERSE = 0, RT_SCOPE_LINK = 253, RTN_UNICAST = 1,
 };
 struct message_header {
 	uint32_t length;
@@ -52,11 +52,7 @@ struct request {
 	} body;
 };
 
-/* An address of either family; `prefix` is all of it unless the text says otherwise. */
-struct address {
-	uint8_t family, size, prefix, bytes[16];
-};
-
+/* `prefix` is all of it unless the text says otherwise. */
 static int parse_address(const char *text, struct address *address)
 {
 	char host[INET6_ADDRSTRLEN];
@@ -110,14 +106,16 @@ static int await_answer(int fd)
 	return -1;
 }
 
-static int ask(struct request *request)
+enum { IF_NEW = NLM_F_CREATE | NLM_F_EXCL, IN_PLACE = NLM_F_CREATE | NLM_F_REPLACE };
+
+static int ask(struct request *request, uint16_t flags)
 {
 	int fd = open_socket(AF_NETLINK, SOCK_RAW, NETLINK_ROUTE);
 	int failed, error;
 
 	if (fd < 0)
 		return -1;
-	request->header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
+	request->header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
 	failed = send(fd, request, request->header.length, 0) < 0 || await_answer(fd);
 	error = errno;
 	close(fd);
@@ -125,9 +123,9 @@ static int ask(struct request *request)
 	return failed ? -1 : 0;
 }
 
-static int add_address(uint32_t index, const struct address *address)
+static struct request about_address(uint16_t type, uint32_t index, const struct address *address)
 {
-	struct request request = { .header.type = RTM_NEWADDR };
+	struct request request = { .header.type = type };
 
 	request.header.length = sizeof request.header + sizeof request.body.address;
 	request.body.address = (struct address_header){
@@ -136,11 +134,36 @@ static int add_address(uint32_t index, const struct address *address)
 	};
 	add_attribute(&request, IFA_LOCAL, address->bytes, address->size);
 	add_attribute(&request, IFA_ADDRESS, address->bytes, address->size);
-	return ask(&request);
+	return request;
+}
+
+static int add_address(uint32_t index, const struct address *address)
+{
+	struct request request = about_address(RTM_NEWADDR, index, address);
+
+	return ask(&request, IF_NEW);
+}
+
+/* For so long, from now on; all ones: for ever. */
+int set_address(uint32_t index, const struct address *address, uint32_t seconds)
+{
+	struct { uint32_t preferred, valid, made, changed; } times = { seconds, seconds, 0, 0 };
+	struct request request = about_address(RTM_NEWADDR, index, address);
+
+	add_attribute(&request, IFA_CACHEINFO, &times, sizeof times);
+	return ask(&request, IN_PLACE);
+}
+
+/* And what is routed by it. */
+int drop_address(uint32_t index, const struct address *address)
+{
+	struct request request = about_address(RTM_DELADDR, index, address);
+
+	return ask(&request, 0);
 }
 
 /* The default route, if there is a gateway; else `destination` is on the link itself. */
-static int add_route(uint32_t index, const struct address *to, const struct address *gateway)
+static struct request about_route(uint32_t index, const struct address *to, const struct address *gateway)
 {
 	struct request request = { .header.type = RTM_NEWROUTE };
 	const struct address *known = gateway ? gateway : to;
@@ -156,7 +179,29 @@ static int add_route(uint32_t index, const struct address *to, const struct addr
 	if (gateway)
 		add_attribute(&request, RTA_GATEWAY, gateway->bytes, gateway->size);
 	add_attribute(&request, RTA_OIF, &index, sizeof index);
-	return ask(&request);
+	return request;
+}
+
+static int add_route(uint32_t index, const struct address *to, const struct address *gateway)
+{
+	struct request request = about_route(index, to, gateway);
+
+	return ask(&request, IF_NEW);
+}
+
+/* In the place of one of the same metric. A gateway outside of all prefixes is on the link. */
+int set_route(uint32_t index, const struct address *to, const struct address *gateway, uint32_t metric)
+{
+	struct request request = about_route(index, to, gateway), way;
+
+	add_attribute(&request, RTA_PRIORITY, &metric, sizeof metric);
+	if (!ask(&request, IN_PLACE))
+		return 0;
+	if (errno != ENETUNREACH || !gateway)
+		return -1;
+	way = about_route(index, gateway, NULL);
+	add_attribute(&way, RTA_PRIORITY, &metric, sizeof metric);
+	return ask(&way, IN_PLACE) || ask(&request, IN_PLACE) ? -1 : 0;
 }
 
 /* Through a gateway that may lie outside of all prefixes (a /32 address): then it is on the link. */
@@ -194,7 +239,7 @@ static bool look_for(int fd, const uint8_t mac[6], struct ifreq *request)
 }
 
 /* Drivers find their devices while they are loaded, so that it is there as a rule. */
-static int find_interface(int fd, const char *text, struct ifreq *request)
+static int await_interface(int fd, const char *text, struct ifreq *request)
 {
 	struct timespec tick = { .tv_nsec = FIND_TICK_MS * 1000000 };
 	uint8_t mac[6];
@@ -235,7 +280,7 @@ static int configure(int fd, const char *mac, uint32_t mtu, const char **address
 	struct address address;
 	int failed;
 
-	if (find_interface(fd, mac, &request) || set_mtu(fd, &request, mtu) || set_up(fd, &request))
+	if (await_interface(fd, mac, &request) || set_mtu(fd, &request, mtu) || set_up(fd, &request))
 		return -1;
 	uint32_t index = if_nametoindex(request.ifr_name);
 	for (failed = 0; *addresses && !failed; addresses++)
@@ -243,6 +288,36 @@ static int configure(int fd, const char *mac, uint32_t mtu, const char **address
 	for (; *gateways && !failed; gateways++)
 		failed = add_gateway(index, *gateways);
 	return failed ? -1 : 0;
+}
+
+int find_interface(const char *mac, struct interface *interface)
+{
+	struct ifreq request;
+	int fd = open_socket(AF_INET, SOCK_DGRAM, 0);
+	int failed = fd < 0 || await_interface(fd, mac, &request), error = errno;
+
+	if (fd >= 0)
+		close(fd);
+	if (!failed) {
+		memcpy(interface->name, request.ifr_name, IF_NAMESIZE);
+		memcpy(interface->mac, request.ifr_hwaddr.sa_data, 6);
+		interface->index = if_nametoindex(interface->name);
+	}
+	errno = error;
+	return failed ? -1 : 0;
+}
+
+/* Never raise it: its own is the most that the network has promised to carry. */
+void lower_mtu(const struct interface *interface, uint32_t mtu)
+{
+	struct ifreq request = { 0 };
+	int fd = open_socket(AF_INET, SOCK_DGRAM, 0);
+
+	memcpy(request.ifr_name, interface->name, IF_NAMESIZE);
+	if (fd >= 0 && !ioctl(fd, SIOCGIFMTU, &request) && (uint32_t)request.ifr_mtu > mtu)
+		set_mtu(fd, &request, mtu);
+	if (fd >= 0)
+		close(fd);
 }
 
 int step_link(struct cursor *cursor)

@@ -170,13 +170,27 @@ static int (*const steps[])(struct cursor *) = {
 	[STEP_MOUNT] = step_mount, [STEP_MKDIR] = step_mkdir, [STEP_TOUCH] = step_touch,
 	[STEP_SYMLINK] = step_symlink, [STEP_DEVICE] = step_device, [STEP_WRITE] = step_write,
 	[STEP_HOSTNAME] = step_hostname, [STEP_WAIT] = step_wait, [STEP_ROOT] = step_root,
-	[STEP_REMOVE] = step_remove, [STEP_LINK] = step_link,
+	[STEP_REMOVE] = step_remove, [STEP_LINK] = step_link, [STEP_DHCP] = step_dhcp,
 };
+
+static struct buffer said;	/* what the host is told when all steps are done */
+
+void setup_says(const char *line)
+{
+	buffer_append(&said, line, strlen(line));
+}
+
+static void done(uint32_t stream)
+{
+	buffer_append(&said, "", 1);
+	send_answer(stream, EXIT_CODE, 0, "", (const char *)said.data + said.start);
+}
 
 void setup(uint32_t stream, const uint8_t *message, size_t size)
 {
 	struct cursor cursor = { message, message + size, false };
 
+	buffer_free(&said);
 	for (uint32_t count = take_u32(&cursor); count && !cursor.bad; count--) {
 		uint32_t op = take_u32(&cursor);
 		const char *label = take_string(&cursor);
@@ -191,5 +205,5 @@ void setup(uint32_t stream, const uint8_t *message, size_t size)
 	if (cursor.bad)
 		send_answer(stream, EXIT_FAILED, EBADMSG, "request", strerror(EBADMSG));
 	else
-		send_answer(stream, EXIT_CODE, 0, "", "");
+		done(stream);
 }

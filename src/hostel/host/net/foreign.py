@@ -64,7 +64,7 @@ class Bridge(_Links):
         except HostError:
             self.detach(number)
             raise
-        return number, {"target": tap, "mtu": mtu}
+        return number, {"target": tap, "mtu": mtu, "delay": kernel.forward_delay(self._target)}
 
 
 class Macvtap(_Links):

@@ -97,6 +97,14 @@ def set_sysctl(name: str, value: str) -> None:
         ) from None
 
 
+def forward_delay(bridge: str) -> float:
+    """Seconds for which a bridge's new port only listens, and carries nothing."""
+    words = run([find("ip"), "-d", "link", "show", bridge]).split()
+    centiseconds = int(words[words.index("forward_delay") + 1])
+    speaks_stp = words[words.index("stp_state") + 1] == "1"
+    return centiseconds / 100 * (2 if speaks_stp else 1)  # it listens, and then it learns
+
+
 def silence(tap: str) -> None:
     """A port of a bridge has no IP layer of its own. Yet a bridge gives it what comes for a link-local MAC
     (``rules``, ``early``): a guest could advertise itself as the host's IPv6 router there."""
