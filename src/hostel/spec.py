@@ -121,9 +121,6 @@ _NEEDS_TARGET: dict[str, str] = {
 }
 _FILTERED = ("nat", "isolated")
 _FORWARDED = ("nat", "isolated", "user")
-"""Where hostel gives the guest its address, and so knows what to forward to."""
-_BY_NETWORK = ("dhcp", "none")
-"""Words in the place of an address."""
 
 
 class Nic(_Part, frozen=True):
@@ -167,9 +164,7 @@ class Nic(_Part, frozen=True):
                 f"not the MAC address of a NIC: {self.mac!r}",
                 cure="write six bytes, the first an even one, such as 52:54:00:12:34:56",
             )
-        if self.address in _BY_NETWORK:
-            self._check_by_network()
-        elif self.address:
+        if self.address not in ("", "dhcp", "none"):
             _check_address(self.address)
         if self.mtu and not 68 <= self.mtu <= MAX_MTU:
             raise SpecError(f"an MTU must be 68 to {MAX_MTU}, not {self.mtu}")
@@ -189,24 +184,6 @@ class Nic(_Part, frozen=True):
             raise SpecError(f"not a network for mode {self.mode}: {self.target!r}")
         if self.mode in ("bridge", "tap", "macvtap") and not re.fullmatch(_INTERFACE, self.target):
             raise SpecError(f"not the name of an interface: {self.target!r}")
-
-    def _check_by_network(self) -> None:
-        if self.mode in _FORWARDED:
-            raise SpecError(
-                f"a network of mode {self.mode} gives the guest its address without DHCP",
-                cure="leave ip= out, or name an address",
-            )
-
-    @property
-    def asks(self) -> bool:
-        """Whether the guest asks its network for an address."""
-        chosen = self.address or ("none" if self.mode in (*_FORWARDED, "vhost-user") else "dhcp")
-        return chosen == "dhcp"
-
-    @property
-    def given(self) -> str:
-        """The address that it is to have, if one was named."""
-        return "" if self.address in _BY_NETWORK else self.address
 
     def _check_plane(self) -> None:
         if self.model == "e1000" and (self.plane not in ("auto", "python") or self.queues > 1):

@@ -41,6 +41,9 @@ _OTHERS = {"bridge": "bridge", "macvtap": "", "tap": "tun"}
 """Modes that use an interface of the host's, and the driver that it must have."""
 """Modes with a keeper; all need root."""
 
+_BY_NETWORK = ("dhcp", "none")
+"""Words in the place of an address."""
+
 _LOCALLY_ADMINISTERED, _MULTICAST = 2, 1
 DHCP_SECONDS = 10.0
 """How long a start waits for a server's answer. One on the same wire takes milliseconds, one that first
@@ -99,20 +102,31 @@ def check(nics: Sequence[Nic], publish: Sequence[Publish], name: str, *, cpus: i
 def _checked(nic: Nic, index: int, name: str, cpus: int) -> Nic:
     from .net import allow
 
-    if nic.given and nic.mode == "user":
+    if nic.address in _BY_NETWORK and nic.mode in (*OWN, "user"):
+        raise SpecError(
+            f"a network of mode {nic.mode} gives the guest its address without DHCP",
+            cure="leave ip= out, or name an address",
+        )
+    address = _address(nic)
+    if address and nic.mode == "user":
         raise SpecError(
             f"an address is for networks of hostel's own, not for {nic.mode}",
             cure="use nat or isolated",
         )
-    if nic.given and nic.mode not in OWN and "/" not in nic.given:
+    if address and nic.mode not in OWN and "/" not in address:
         raise SpecError(
-            f"how large the network of {nic.given} is, is not known here",
-            cure=f"write its prefix too, such as {nic.given}/24",
+            f"how large the network of {address} is, is not known here",
+            cure=f"write its prefix too, such as {address}/24",
         )
     for entry in nic.allow or ():
         allow.parse(entry)
     mac = nic.mac.lower() or _default_mac(name, index)
     return msgspec.structs.replace(nic, mac=mac, queues=min(nic.queues, cpus))
+
+
+def _address(nic: Nic) -> str:
+    """The one that was named, if one was."""
+    return "" if nic.address in _BY_NETWORK else nic.address
 
 
 def _default_mac(name: str, index: int) -> str:
@@ -151,7 +165,7 @@ def _lease(nic: Nic, publish: Sequence[Publish], name: str) -> Lease:
     request = {
         "machine": name,
         "mac": nic.mac,
-        "address": nic.given,
+        "address": _address(nic),
         "mtu": nic.mtu,
         "queues": nic.queues,
         "allow": nic.allow,
@@ -174,10 +188,11 @@ def _leased(networks: Networks, nic: Nic, lease: Lease) -> Attachment:
 def _foreign(nic: Nic, interface: Interface, *, mtu: int = 0, delay: float = 0) -> Attachment:
     """On a network that is not ours: the address that was named, or the guest asks. ``delay``: seconds until
     the network carries anything."""
-    if nic.given:
-        link = GuestLink(mac=nic.mac, addresses=(nic.given,), mtu=nic.mtu or mtu or 1500)
+    if address := _address(nic):
+        link = GuestLink(mac=nic.mac, addresses=(address,), mtu=nic.mtu or mtu or 1500)
         return Attachment(interface, link)
-    return Attachment(interface, None, dhcp=DHCP_SECONDS + delay if nic.asks else 0)
+    asks = nic.address == "dhcp" or (not nic.address and nic.mode != "vhost-user")
+    return Attachment(interface, None, dhcp=DHCP_SECONDS + delay if asks else 0)
 
 
 def _link(nic: Nic, answer: dict[str, Any]) -> GuestLink:
@@ -228,7 +243,7 @@ def _foreseen(nic: Nic, runtime: Path, index: int) -> Attachment:
 
     _check_interface(nic)
     if nic.mode in OWN:
-        answer = fabric.foreseen(nic.mode, nic.target, nic.given, nic.mtu)
+        answer = fabric.foreseen(nic.mode, nic.target, _address(nic), nic.mtu)
         return Attachment(_interface(nic, "tap", answer["target"], nic.mtu), _link(nic, answer))
     if nic.mode == "user":
         target = str(runtime / f"passt{index}.sock")
