@@ -87,10 +87,17 @@ def test_the_same_guest_gives_the_same_trace() -> None:
     assert trace() == trace()
 
 
-@pytest.mark.parametrize("page", [0x8000, 0x20000])
-def test_a_translation_to_where_no_memory_is_is_the_hosts_mistake(page: int) -> None:
-    """Of code, and of data."""
-    with Bench("mov 0x20000, %eax; hlt") as bench:
+@pytest.mark.parametrize(
+    ("page", "code"),
+    [
+        (0x8000, "hlt"),
+        (0x20000, "mov 0x20000, %eax; hlt"),
+        (0x20000, "mov %eax, 0x20000; 1: jmp 1b"),
+    ],
+)
+def test_a_translation_to_where_no_memory_is_is_the_hosts_mistake(page: int, code: str) -> None:
+    """Of code, of what is read and of what is written."""
+    with Bench(code) as bench:
         real = bench.mmu.translate
 
         def lost(

@@ -12,10 +12,12 @@ into ``CPUX86State`` stand in ``env.py``.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import platform
 from functools import cache
 from importlib import util
 from pathlib import Path
+from struct import Struct
 
 from hostel.errors import HostError
 from hostel.soft.extra import INSTALL, unicorn_version
@@ -31,12 +33,15 @@ CPU_NEXT_FLAGS, CPU_ENV_POINTER, CPU_BLOCKS, CPU_EXCEPTION, CPU_HANDLE, CPU_ENV 
 )
 CPU_TLB, TLB_KINDS, TLB_ENTRY_BITS, TLB_ENTRIES = 0x8A10, 3, 6, 256
 """A mask and a table for each kind of access; the size of an entry, and how many there are at first."""
-TB_PC, TB_FLAGS, TB_SIZE, TB_COUNT, TB_CFLAGS, TB_CODE = 0, 0x10, 0x14, 0x16, 0x18, 0x20
+TB_CODE = 0x20
+BLOCK = Struct("<Q8xIHHI4xQQ")
+"""pc, flags, size, number of instructions, cflags, host code, its size."""
 TB_COUNT_MASK = 0x7FFF
 """The bits of ``cflags`` that cut a block to so many instructions; 0: as many as fit."""
 
 _ARCH_X86, _MODE_64 = 4, 8
 _REG_RAX = 35
+_MAP_32BIT = 0x40
 _MAGIC = 0x5EED_0DD5_1234_8765
 
 
@@ -93,6 +98,23 @@ def open_handle(model: int) -> int:
     check(lib.uc_open(_ARCH_X86, _MODE_64, ctypes.byref(handle)), "a new instance")
     control(handle.value or 0, 7, ctypes.c_int(model))
     return handle.value or 0
+
+
+def address(function: object) -> int:
+    """Of a function of the library, or of one of ours that it calls."""
+    return ctypes.cast(function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+
+
+def low_memory(size: int) -> mmap.mmap:
+    """Code and data that translated code names in 32 bits."""
+    kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_32BIT
+    rights = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+    try:
+        return mmap.mmap(-1, size, flags=kind, prot=rights)
+    except OSError as error:
+        raise HostError(
+            f"no executable memory below 2 GiB: {error.strerror}", cost="no engine soft"
+        ) from error
 
 
 def control(handle: int, number: int, *arguments: object, reads: bool = False) -> None:

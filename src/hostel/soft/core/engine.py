@@ -2,13 +2,9 @@
 
 ::
 
-    block of host code ──> counter (host code) ── known ──> budget -= n ──> the block's instructions
-                               │ first met: Python scans it     └─ none left, or kicked ──> uc_emu_stop
-
-The counter is the hook that unicorn calls as each block begins: a few bytes of host code, since a
-Python function there would cost a hundred times what the block does. It finds the block's instruction
-count in a table by its own return address, which names the block; Python fills the table when a block
-first runs, and has it scanned then.
+    block of host code ── first met: Python scans it, and writes the count into it (``counter.py``)
+                      └── known ──> budget -= n ──> the block's instructions
+                                        └─ none left, or kicked ──> Python: uc_emu_stop
 
 A stop is always asked for inside a hook, at a block's first instruction: unicorn's stop from outside
 re-executes an instruction that was half done.
@@ -18,22 +14,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import mmap
 from collections.abc import Callable
 
 from hostel.errors import HostError, MachineStopped
 from hostel.soft.physical import Span
 
 from . import build
-from .counter import CODE, ENTRIES, Note
+from .counter import NO_DATA, Block, Counter, Note
 from .env import FEATURES, OLD_EXCEPTION, Env
 from .tlb import Tlb
 
 FOREVER = 1 << 62
-STOPPED, TO_SCAN, FULL = 1, 2, 3
-"""Why the counter stopped: no instructions left or kicked; a block to scan; no room for more blocks."""
+TO_SCAN, FULL = 2, 3
+"""Why the counter stopped, besides ``STOPPED``: a block to scan; no room for more blocks."""
 _BUFFER, _FULL = 64 << 20, 48 << 20
-"""Of translated code. Unicorn would start anew by itself when it is full, unseen by the counter's table."""
+"""Of translated code. Unicorn would start anew by itself when it is full, unseen by the split view."""
 
 _HOOK_BLOCK, _HOOK_TLB_FILL = 8, 131072
 _USE_EXITS, _REQUEST, _REMOVE, _FLUSH_BLOCKS, _TLB_TYPE, _BUFFER_SIZE = (
@@ -59,27 +54,10 @@ class _Entry(ctypes.Structure):
     _fields_ = (("paddr", ctypes.c_uint64), ("perms", ctypes.c_int))
 
 
-_MISS = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint64)
 _FILL = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int,
     ctypes.POINTER(_Entry), ctypes.c_void_p,
 )  # fmt: skip
-
-
-class Block:
-    """A translated block: what unicorn notes about it, read where it lies."""
-
-    __slots__ = ("address", "count", "flags", "length", "pc", "size")
-
-    def __init__(self, address: int) -> None:
-        self.address = address
-        self.pc = _u64(address + build.TB_PC)
-        self.flags = ctypes.c_uint32.from_address(address + build.TB_FLAGS).value
-        self.size = ctypes.c_uint16.from_address(address + build.TB_SIZE).value
-        self.count = ctypes.c_uint16.from_address(address + build.TB_COUNT).value
-        cflags = ctypes.c_uint32.from_address(address + build.TB_CFLAGS).value
-        self.length = cflags & build.TB_COUNT_MASK
-        """The length that it was cut to, or 0."""
 
 
 class Engine:
@@ -105,10 +83,11 @@ class Engine:
         self._reset_fpu()
         build.control(self.handle, _USE_EXITS, ctypes.c_int(1))
         build.control(self.handle, _TLB_TYPE, ctypes.c_int(_TLB_VIRTUAL))
-        self._make_counter()
+        self.context = Note.from_buffer(build.low_memory(4096))
+        self._counter = Counter(self.handle, self.context, self._on_block)
         self._keep: list[object] = []
         self._hook(_HOOK_TLB_FILL, _FILL(self._on_fill), 0)
-        self._hook(_HOOK_BLOCK, self._code, ctypes.addressof(self.context))
+        self._hook(_HOOK_BLOCK, self._counter.hook, NO_DATA)
         self._start = self._lib.uc_emu_start
         self._exception = ctypes.c_int32.from_address(self.cpu + build.CPU_EXCEPTION)
         self._next_flags = ctypes.c_int32.from_address(self.cpu + build.CPU_NEXT_FLAGS)
@@ -127,18 +106,6 @@ class Engine:
             word = ctypes.c_uint32(value)
             write, handle = self._lib.uc_reg_write, ctypes.c_void_p(self.handle)
             build.check(write(handle, register, ctypes.byref(word)), "a register of the FPU")
-
-    def _make_counter(self) -> None:
-        self._page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-        self._page[: len(CODE)] = CODE
-        self._code = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
-        self._table = (ctypes.c_uint64 * (2 * ENTRIES))()
-        self._miss = _MISS(self._on_miss)
-        self.context = Note(
-            table=ctypes.addressof(self._table),
-            miss=ctypes.cast(self._miss, ctypes.c_void_p).value,
-            stop=ctypes.cast(self._lib.uc_emu_stop, ctypes.c_void_p).value,
-        )
 
     def _hook(self, kind: int, function: object, data: int) -> None:
         """Everywhere: a range that begins after its end."""
@@ -168,25 +135,11 @@ class Engine:
             self.error = error
             return 0
 
-    def _on_miss(self, _uc: int, pc: int, _size: int, called_from: int) -> None:
-        count = 1
-        try:
-            address = _block_before(called_from, pc)
-            self._first = self._first or address
-            if address - self._first > _FULL:
-                self.context.stopped = FULL
-            block = Block(address)
-            count = block.count
-            if not self.context.stopped and self._meet(block):
-                self.context.stopped = TO_SCAN
-        except BaseException as error:
-            self.error = error
-            self.context.stopped = TO_SCAN
-        if self.context.stopped:
-            self._lib.uc_emu_stop(self.handle)
-            return
-        at = 2 * (called_from >> 4 & ENTRIES - 1)
-        self._table[at], self._table[at + 1] = called_from, count
+    def _on_block(self, block: Block) -> int:
+        self._first = self._first or block.address
+        if block.address - self._first > _FULL:
+            return FULL
+        return TO_SCAN if self._meet(block) else 0
 
     # --- Run ---
 
@@ -199,11 +152,12 @@ class Engine:
         if not self.handle:
             raise MachineStopped("this core is closed")
         context, env = self.context, self.env
-        context.budget, context.stopped, context.count = budget, 0, 0
+        context.budget, context.stopped, context.block = budget, 0, 0
         env.i32[OLD_EXCEPTION // 4] = -1
         if cut:
             self._next_flags.value = min(budget, build.TB_COUNT_MASK)
         error: int = self._start(self.handle, env.rip, 0, 0, 0)
+        self._counter.check()
         if self.error is not None:
             raised, self.error = self.error, None
             raise raised
@@ -238,7 +192,6 @@ class Engine:
 
     def forget_blocks(self) -> None:
         build.control(self.handle, _FLUSH_BLOCKS)
-        ctypes.memset(self._table, 0, ctypes.sizeof(self._table))
         self._first = 0
 
     def drop_blocks(self, hpa: int, size: int) -> None:
@@ -263,16 +216,6 @@ class Engine:
             with contextlib.suppress(HostError):
                 build.check(self._lib.uc_close(ctypes.c_void_p(self.handle)), "to close")
             self.handle = 0
-
-
-def _block_before(called_from: int, pc: int) -> int:
-    """The note that stands before the host code which called the counter; both are aligned to 64 bytes."""
-    at = called_from & ~63
-    for address in range(at - 64, at - 64 * 64, -64):
-        code = _u64(address + build.TB_CODE)
-        if _u64(address) == pc and 0 <= code - address <= 256 and code <= called_from:
-            return address
-    raise build.unknown("a block has no note before it")
 
 
 def _hash(pc: int) -> int:

@@ -14,6 +14,7 @@ from hostel.soft.physical import PAGE
 from hostel.soft.silicon import Access, EptFault, Event, EventType, PageFault, Reason, VmExit
 from hostel.soft.state import RSP
 
+from .counter import Block
 from .engine import EXCEPTION, ILLEGAL
 from .env import EIP, IS_INT
 from .events import Fault
@@ -33,10 +34,11 @@ _FINAL = 1 << 8
 class Stops:
     def __init__(self, core: TranslatingCore) -> None:
         self._core = core
-        self._positions: dict[tuple[int, int], int] = {}
+        self._left: dict[tuple[int, int], int] = {}
+        """Of a block, at an address: how many instructions."""
 
     def forget_blocks(self) -> None:
-        self._positions.clear()
+        self._left.clear()
 
     def act(self, error: int, spent: int) -> VmExit | None:
         """The engine stopped inside a block, or at one that it could not fetch."""
@@ -47,7 +49,9 @@ class Stops:
             return self._after_refusal(fault, access)
         vector = UD if error == ILLEGAL else core.engine.exception
         if error not in (0, EXCEPTION, ILLEGAL):
-            raise HostError(f"a translation leads to where no memory is (unicorn error {error})")
+            raise HostError(
+                f"the core stopped for no reason of the guest's (unicorn error {error})"
+            )
         if not error or not 0 <= vector < 32:
             # It stopped by itself at what should have been replaced, so it is no instruction here.
             core.count(spent)
@@ -113,13 +117,15 @@ class Stops:
     def _unfinished(self) -> int:
         """How many instructions of the current block were counted and have not been executed."""
         core = self._core
-        context, env = core.engine.context, core.engine.env
-        if context.count <= 1:
-            return int(context.count)
-        key = context.block, env.rip
-        done = self._positions.get(key)
-        if done is None:
-            length = env.linear_rip - context.pc
-            code = core.view.code(context.pc, length) if 0 <= length < PAGE else b""
-            done = self._positions[key] = core.scanner.position(code, env.bits)
-        return max(int(context.count) - done, 0)
+        address, env = core.engine.context.block, core.engine.env
+        if not address:
+            return 0
+        key = address, env.rip
+        left = self._left.get(key)
+        if left is None:
+            block = Block(address)
+            length = env.linear_rip - block.pc
+            code = core.view.code(block.pc, length) if 0 <= length < PAGE else b""
+            done = core.scanner.position(code, env.bits) if block.count > 1 else 0
+            left = self._left[key] = max(block.count - done, 0)
+        return left

@@ -93,7 +93,7 @@ class SvmCore:
             self._processor.map(span)
         physical.on_span.append(self._processor.map)
         self._processor.prepare()
-        self._block = self._processor.block
+        self._shared = self._processor.shared
         self._environment = Environment(self._processor)
         first = 1 + _MSRPM_PAGES
         memory[PAGE : first * PAGE] = b"\xff" * (_MSRPM_PAGES * PAGE)
@@ -118,14 +118,14 @@ class SvmCore:
 
     def enter(self, state: CpuState, controls: Controls, event: Event | None = None) -> VmExit:
         self._state, self._controls = state, controls
-        self._block.budget = self._start = controls.timer if controls.pin & _TIMER else _FOREVER
-        before = self._block.events
+        self._shared.budget = self._start = controls.timer if controls.pin & _TIMER else _FOREVER
+        before = self._shared.events
         self._switch_machine(controls)
         try:
             return self._until_exit(event)
         finally:
-            self.statistics.instructions += self._start - self._block.budget
-            self.statistics.events_delivered += self._block.events - before
+            self.statistics.instructions += self._start - self._shared.budget
+            self.statistics.events_delivered += self._shared.events - before
 
     def _switch_machine(self, controls: Controls) -> None:
         machine = controls.ept_pointer if controls.secondary & _EPT else -controls.vpid
@@ -135,7 +135,7 @@ class SvmCore:
 
     def interrupt(self) -> None:
         self._kicked.set()
-        self._block.kick = 1
+        self._shared.kick = 1
 
     def flush(self, address: int | None = None) -> None:
         self.statistics.flushes += 1
@@ -163,7 +163,7 @@ class SvmCore:
     @property
     def exit_code(self) -> int:
         """EXITCODE of the last #VMEXIT, as SVM counts them (APM vol. 2 appendix C)."""
-        return self._block.exit - 0x100
+        return self._shared.exit - 0x100
 
     # --- The loop ---
 
@@ -195,23 +195,23 @@ class SvmCore:
         if controls.primary & _NMI_WINDOW and unblocked:
             state.activity = ACTIVE
             return VmExit(Reason.NMI_WINDOW)
-        if controls.pin & _TIMER and self._block.budget <= 0:
+        if controls.pin & _TIMER and self._shared.budget <= 0:
             return VmExit(Reason.PREEMPTION_TIMER)
         return self._halted() if state.activity == HALTED else None
 
     def _halted(self) -> VmExit:
         """Nothing more will happen in the guest: its timer runs out, or somebody interrupts."""
         if self._controls.pin & _TIMER:
-            self._block.budget = 0
+            self._shared.budget = 0
             return VmExit(Reason.PREEMPTION_TIMER)
         self._kicked.wait()
         return self._interrupted()
 
     def _interrupted(self) -> VmExit:
         self._kicked.clear()
-        self._block.kick = 0
+        self._shared.kick = 0
         if self._kicked.is_set():  # another came between the two
-            self._block.kick = 1
+            self._shared.kick = 1
         return VmExit(Reason.EXTERNAL_INTERRUPT)
 
     def _load(self, event: Event | None) -> None:
@@ -226,8 +226,8 @@ class SvmCore:
             self._fill_missing()
         self._environment.load(state, bool(nested))
         self._vmcb.write(controls, state, nested)
-        self._block.address = 0
-        self._injected, self._events = event, self._block.events
+        self._shared.address = 0
+        self._injected, self._events = event, self._shared.events
         request = REQUEST_WINDOW if controls.primary & _WINDOW else 0
         if event is not None:
             self._inject(event)
@@ -236,12 +236,12 @@ class SvmCore:
 
     def _inject(self, event: Event) -> None:
         """EVENTINJ: our stub takes it, before the first instruction."""
-        block, soft = self._block, event.type >= EventType.SOFTWARE_INTERRUPT
-        block.vector = event.vector
+        shared, soft = self._shared, event.type >= EventType.SOFTWARE_INTERRUPT
+        shared.vector = event.vector
         if event.type in (EventType.EXTERNAL, EventType.NMI):
-            block.kind = 1
+            shared.kind = 1
         else:
-            block.kind = 2
+            shared.kind = 2
             self._environment.set_exception(
                 event.error or 0, soft, self._state.rip + event.length if soft else 0
             )
@@ -252,13 +252,13 @@ class SvmCore:
 
     def _after(self) -> tuple[VmExit | None, Event | None]:
         """The processor stopped: a VM exit, or the event to go on with (or neither: just go on)."""
-        state, block = self._state, self._block
+        state, shared = self._state, self._shared
         nested = self._controls.ept_pointer if self._controls.secondary & _EPT else 0
         self._key = (*translation_key(state), nested)
-        if not block.exit:
+        if not shared.exit:
             return self._stopped(), None
         vectoring = self._vectoring()
-        code = block.exit - 0x100
+        code = shared.exit - 0x100
         if code == vmcb.NPF:
             exit, event = self._nested_fault(vectoring)
         else:
@@ -270,14 +270,14 @@ class SvmCore:
         return None, event if event is not None else (vectoring if code == vmcb.NPF else None)
 
     def _stopped(self) -> VmExit | None:
-        """By the block stub: kicked, or out of budget before a whole block."""
-        if self._block.kick:
+        """By the counter: kicked, or out of budget before a whole block."""
+        if self._shared.kick:
             if self._controls.pin & _EXTERNAL:
                 return self._interrupted()
-            self._block.kick = 0
+            self._shared.kick = 0
             return None
-        if self._block.budget > 0:
-            self._processor.limit(self._block.budget)
+        if self._shared.budget > 0:
+            self._processor.limit(self._shared.budget)
             return None
         return VmExit(Reason.PREEMPTION_TIMER)
 
@@ -309,7 +309,7 @@ class SvmCore:
         self, exit: Exit, vectoring: Event | None
     ) -> tuple[VmExit | None, Event | None]:
         if exit.code in (vmcb.SYSCALL, vmcb.SYSENTER):
-            self._block.budget -= 1
+            self._shared.budget -= 1
             return None, fast_call(exit)
         if exit.code == vmcb.TR_WRITE:
             return self._load_task(exit)
@@ -318,7 +318,7 @@ class SvmCore:
         if exit.inject is not None:
             return self._on_top(vectoring, exit.inject)
         if result is None:
-            self._block.budget -= 1
+            self._shared.budget -= 1
             if exit.code == vmcb.WRITE_CR + 3:
                 self._key = (None, *self._key[1:])  # it flushes, whatever its value
         return result, None
@@ -333,18 +333,18 @@ class SvmCore:
         return True
 
     def _exit(self, code: int, vectoring: Event | None) -> Exit:
-        block = self._block
+        shared = self._shared
         return Exit(
             code,
             self._vmcb.exit_info_1,
             self._vmcb.exit_info_2,
-            block.port,
-            block.size,
-            block.address,
+            shared.port,
+            shared.size,
+            shared.address,
             self._state,
             self._controls,
             self._fetcher.instruction(self._state),
-            self.statistics.instructions + self._start - block.budget,
+            self.statistics.instructions + self._start - shared.budget,
             self._read,
             lambda cr3: pointers_of(self._physical, self._controls, cr3),
             vectoring,
@@ -359,14 +359,14 @@ class SvmCore:
 
     def _step(self, code: int) -> tuple[VmExit | None, Event | None]:
         """This one instruction, as if it were not intercepted. (IRET opens the NMI window so.)"""
-        block = self._block
+        shared = self._shared
         self._vmcb.let(code)
-        rest, block.budget = block.budget, 1
+        rest, shared.budget = shared.budget, 1
         self._processor.limit(1)
         self._processor.run(self._state.rip)
         self._environment.save(self._state)
-        block.budget += rest - 1
-        return self._after() if block.exit else (None, None)
+        shared.budget += rest - 1
+        return self._after() if shared.exit else (None, None)
 
     def _load_task(self, exit: Exit) -> tuple[VmExit | None, Event | None]:
         """LTR. A null selector is #GP(0); QEMU takes it, and aborts at the next switch of stacks."""
@@ -385,8 +385,8 @@ class SvmCore:
         if not info:
             return None
         state, injected, vector = self._state, self._injected, info & 0xFF
-        first = self._block.events == self._events + 1
-        self._block.events -= 1
+        first = self._shared.events == self._events + 1
+        self._shared.events -= 1
         if injected is not None and first and injected.vector == vector:
             if injected.type >= EventType.SOFTWARE_INTERRUPT:
                 state.rip -= injected.length  # QEMU has stepped over the instruction already
@@ -399,9 +399,9 @@ class SvmCore:
 
     def _nested_fault(self, vectoring: Event | None) -> tuple[VmExit | None, Event | None]:
         """An entry is missing in our copy: the EPT has it, or this is an EPT violation."""
-        block, gpa = self._block, self._vmcb.exit_info_2
-        ask = asked(self._state, Access(block.access), block.index == 1)
-        view = GuestView(self._physical, self._state, self._controls, block.address)
+        shared, gpa = self._shared, self._vmcb.exit_info_2
+        ask = asked(self._state, Access(shared.access), shared.index == 1)
+        view = GuestView(self._physical, self._state, self._controls, shared.address)
         try:
             page = view.nested_page(gpa, ask, writes=bool(self._vmcb.exit_info_1 & 2))
         except PageFault as refused:
@@ -412,7 +412,7 @@ class SvmCore:
             return _ept_exit(refused), None
         except MemoryFault:
             reason = Reason.EPT_MISCONFIGURATION
-            return VmExit(reason, linear=block.address, physical=gpa), None
+            return VmExit(reason, linear=shared.address, physical=gpa), None
         self._nested.fill(gpa, page)
         return None, None
 

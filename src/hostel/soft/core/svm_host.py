@@ -4,7 +4,7 @@
 
     guest code ── JIT ──> cpu_vmexit ──> UC_HOOK_INTR ──> intr stub ──> uc_emu_stop ──> Python
                     │                         └─ an exception: x86_cpu_do_interrupt, to the guest's own IDT
-                    └──> block stub: counts instructions down, stops when none are left, or when kicked
+                    └──> a block begins: instructions are counted down (``counter.py``)
 
 A stub is host code (x86-64) because a hook that leaves by ``longjmp`` may not be Python, and because
 it runs where Python would cost a thousand times as much. Their source stands in ``svm_stubs.py``.
@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from hostel.errors import HostError
 from hostel.soft.physical import Span
 
 from . import build
+from .counter import NO_DATA, Counter, Note
 from .svm_stubs import CODE, ENTRY
 
 _ARCH_X86, _MODE_64, _PROT_ALL = 4, 8, 7
@@ -54,36 +56,28 @@ _PAGES = 1 << 40 - 12
 """Of all host-physical memory: a bit each, in memory that is there only where it is used."""
 
 
-class Block(ctypes.Structure):
-    """What stubs and Python share. The offsets are in the stubs' source."""
+class Shared(Note):
+    """What stubs, blocks and Python share. The offsets are in the stubs' source."""
 
     exit: int
     address: int
     access: int
-    stopped: int
-    budget: int
+    index: int
     fills: int
     events: int
-    tb: int
-    kick: int
     kind: int
     vector: int
     port: int
     size: int
-    index: int
-    _fields_ = (
+    _fields_: ClassVar[Sequence[tuple[str, type[Any]]]] = (
         ("exit", ctypes.c_uint64),
         ("address", ctypes.c_uint64),
         ("access", ctypes.c_uint32),
-        ("stopped", ctypes.c_uint32),
-        ("budget", ctypes.c_int64),
+        ("index", ctypes.c_uint32),
         ("fills", ctypes.c_uint64),
         ("events", ctypes.c_uint64),
-        ("tb", ctypes.c_uint64),
-        ("kick", ctypes.c_uint32),
         ("kind", ctypes.c_uint32),
         ("vector", ctypes.c_uint32),
-        ("_", ctypes.c_uint32),
         ("port", ctypes.c_uint32),
         ("size", ctypes.c_uint32),
         ("env", ctypes.c_uint64),
@@ -94,7 +88,6 @@ class Block(ctypes.Structure):
         ("emu_stop", ctypes.c_uint64),
         ("tlb_fill", ctypes.c_uint64),
         ("exec_interrupt", ctypes.c_uint64),
-        ("index", ctypes.c_uint32),
         ("code_pages", ctypes.c_uint64),
         ("no_execute", ctypes.c_uint64),
         ("flush", ctypes.c_uint64),
@@ -103,7 +96,7 @@ class Block(ctypes.Structure):
 
 
 class Processor:
-    """One unicorn instance with the stubs in place. ``block`` and ``env`` are live."""
+    """One unicorn instance with the stubs in place. ``shared`` and ``env`` are live."""
 
     def __init__(self) -> None:
         self._lib = _library()
@@ -111,13 +104,13 @@ class Processor:
         self._call("uc_open", _ARCH_X86, _MODE_64, ctypes.byref(self._handle))
         self._call("uc_ctl", self._handle, _CTL_CPU_MODEL, _MODEL_EPYC_ROME)
         self._call("uc_ctl", self._handle, _CTL_USE_EXITS, 1)
-        self._page = mmap.mmap(-1, 8192, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        self._page = build.low_memory(8192)
         self._page[: len(CODE)] = CODE
         self._base = address_of(self._page)
         self._code_pages = mmap.mmap(-1, _PAGES // 8)
         self.no_execute = mmap.mmap(-1, _PAGES // 8)
         """A bit for each page of host-physical memory that the guest may not execute."""
-        self.block = Block.from_address(self._base + 4096)
+        self.shared = Shared.from_address(self._base + 4096)
         self._started = self._lib.uc_emu_start
         self._started.argtypes = (
             ctypes.c_void_p,
@@ -132,21 +125,21 @@ class Processor:
         handle = self._handle.value or 0
         self.cpu = _u64(handle + _UC_CPU).value
         self.env = self.cpu + _CPU_ENV
-        lib, block = self._lib, self.block
+        lib, shared = self._lib, self.shared
         fill, execute = _u64(self.cpu + _CPU_FILL), _u64(self.cpu + _CPU_EXEC_INTERRUPT)
         found = _u64(self.env + _ENV_UC).value, fill.value, execute.value
         known = handle, _address(lib, "x86_cpu_tlb_fill"), _address(lib, "x86_cpu_exec_interrupt")
         if found != known:
             raise build.unknown("its functions are not where they should be")
-        block.env, block.cpu = self.env, self.cpu
-        block.do_interrupt = _address(lib, "x86_cpu_do_interrupt")
-        block.hardirq = _address(lib, "do_interrupt_x86_hardirq")
-        block.vmexit = _address(lib, "cpu_vmexit")
-        block.emu_stop = ctypes.cast(lib.uc_emu_stop, ctypes.c_void_p).value or 0
-        block.code_pages, block.no_execute = map(address_of, (self._code_pages, self.no_execute))
-        block.patience = _PATIENCE
-        block.flush = _address(lib, "tlb_flush")
-        block.tlb_fill, block.exec_interrupt = fill.value, execute.value
+        shared.env, shared.cpu = self.env, self.cpu
+        shared.do_interrupt = _address(lib, "x86_cpu_do_interrupt")
+        shared.hardirq = _address(lib, "do_interrupt_x86_hardirq")
+        shared.vmexit = _address(lib, "cpu_vmexit")
+        shared.emu_stop = ctypes.cast(lib.uc_emu_stop, ctypes.c_void_p).value or 0
+        shared.code_pages, shared.no_execute = map(address_of, (self._code_pages, self.no_execute))
+        shared.patience = _PATIENCE
+        shared.flush = _address(lib, "tlb_flush")
+        shared.tlb_fill, shared.exec_interrupt = fill.value, execute.value
         fill.value, execute.value = self._base + ENTRY["fill"], self._base + ENTRY["inject"]
         self.request = ctypes.c_uint32.from_address(self.cpu + _CPU_REQUEST)
         self._next_flags = ctypes.c_int32.from_address(self.cpu + _CPU_NEXT_FLAGS)
@@ -161,23 +154,30 @@ class Processor:
         self._ram_address.restype = ctypes.c_uint64
         self._forget = lib.tb_invalidate_phys_range_x86_64
         self._forget.argtypes = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64)
-        self._hook("intr", _HOOK_INTR)
-        self._hook("block", _HOOK_BLOCK)
+        self._hook(self._base + ENTRY["intr"], _HOOK_INTR)
+        self._counter = Counter(handle, shared, lambda _block: 0)
+        self._hook(self._counter.hook, _HOOK_BLOCK, NO_DATA)
         for entry, instruction in (
             ("io", _INS_IN),
             ("io", _INS_OUT),
             ("syscall", _INS_SYSCALL),
             ("sysenter", _INS_SYSENTER),
         ):
-            self._hook(entry, _HOOK_INSN, instruction)
+            self._hook(self._base + ENTRY[entry], _HOOK_INSN, 0, instruction)
 
-    def _hook(self, entry: str, kind: int, *extra: int) -> None:
+    def _hook(self, stub: int, kind: int, data: int = 0, *extra: int) -> None:
         handle = ctypes.c_size_t()
-        stub = ctypes.c_void_p(self._base + ENTRY[entry])
         bounds = ctypes.c_uint64(1), ctypes.c_uint64(0)  # an empty range: everywhere
         more = [ctypes.c_int(value) for value in extra]
         self._call(
-            "uc_hook_add", self._handle, ctypes.byref(handle), kind, stub, None, *bounds, *more
+            "uc_hook_add",
+            self._handle,
+            ctypes.byref(handle),
+            kind,
+            ctypes.c_void_p(stub),
+            ctypes.c_void_p(data),
+            *bounds,
+            *more,
         )
 
     def map(self, span: Span) -> None:
@@ -191,11 +191,12 @@ class Processor:
         )
 
     def run(self, rip: int) -> None:
-        """From RIP until the block says why not: ``exit``, or ``stopped``."""
-        block = self.block
-        block.exit = block.stopped = 0
+        """From RIP until ``shared`` says why not: ``exit``, or ``stopped``."""
+        shared = self.shared
+        shared.exit = shared.stopped = 0
         error = self._started(self._handle, rip, 0, 0, 0)
-        if error or block.stopped > 1 or not (block.exit or block.stopped):
+        self._counter.check()
+        if error or shared.stopped > 1 or not (shared.exit or shared.stopped):
             raise HostError(
                 f"the core stopped at {rip:#x} for no reason of the guest's (unicorn error {error})"
             )

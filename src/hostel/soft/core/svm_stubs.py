@@ -1,28 +1,29 @@
 """The host instructions that we add to unicorn, as source and as bytes.
 
-They share one page of data, ``shared`` (``svm_host.Block``), 4 KiB after their first byte. The test beside
+They share one page of data, ``shared`` (``svm_host.Shared``), 4 KiB after their first byte. The test beside
 this file assembles ``SOURCE`` and compares: there is no assembler on a user's machine.
 
-Offsets in a TranslationBlock: pc 0, cs_base 8, icount 0x16, code and its size 0x20 and 0x28; 0xc0 bytes
-before its code. After the code stands, for each instruction, the step of its pc, of its flags operation
-and of its host pc, in SLEB128: so it is known which instruction an address is.
+Offsets in a TranslationBlock: pc 0, cs_base 8, icount 0x16, code and its size 0x20 and 0x28. After the code
+stands, for each instruction, the step of its pc, of its flags operation and of its host pc, in SLEB128: so
+it is known which instruction an address is.
 """
 
 from __future__ import annotations
 
 SOURCE = """\
 .intel_syntax noprefix
-.set EXIT,0
-.set ADDRESS,8
-.set ACCESS,16
-.set STOPPED,20
-.set BUDGET,24
-.set FILLS,32
-.set EVENTS,40
-.set TB,48
-.set KICK,56
-.set KIND,60
-.set VECTOR,64
+.set BUDGET,0
+.set KICK,8
+.set STOPPED,12
+.set TB,16
+.set EXIT,24
+.set ADDRESS,32
+.set ACCESS,40
+.set INDEX,44
+.set FILLS,48
+.set EVENTS,56
+.set KIND,64
+.set VECTOR,68
 .set PORT,72
 .set SIZE,76
 .set ENV,80
@@ -33,11 +34,10 @@ SOURCE = """\
 .set EMU_STOP,120
 .set TLB_FILL,128
 .set EXEC_INTERRUPT,136
-.set INDEX,144
-.set CODE_PAGES,152
-.set NO_EXECUTE,160
-.set FLUSH,168
-.set PATIENCE,176
+.set CODE_PAGES,144
+.set NO_EXECUTE,152
+.set FLUSH,160
+.set PATIENCE,168
 .set shared, start+0x1000
 start:
 # UC_HOOK_INTR(uc, index, _): what has not run of the block is given back, then exception or exit
@@ -84,34 +84,6 @@ intr:
  mov dword ptr [rax+0x150c],0
  pop rbx
  ret
-.p2align 4
-# UC_HOOK_BLOCK(uc, pc, size, _): the block stands in front of its code; its TranslationBlock, before that
-block:
- lea rax,[rip+shared]
- mov r9,[rsp]
- and r9,-64
- mov r10d,8
-1: cmp [r9-0xa0], r9
- jne 2f
- cmp [r9-0xc0], rsi
- je 3f
-2: sub r9,64
- dec r10d
- jnz 1b
- mov dword ptr [rax+STOPPED],2
- jmp [rax+EMU_STOP]
-3: lea r9,[r9-0xc0]
- movzx ecx, word ptr [r9+0x16]
- sub [rax+BUDGET], rcx
- js 4f
- cmp dword ptr [rax+KICK],0
- jne 4f
- mov [rax+TB], r9
- ret
-4: add [rax+BUDGET], rcx
- mov qword ptr [rax+TB],0
- mov dword ptr [rax+STOPPED],1
- jmp [rax+EMU_STOP]
 .p2align 4
 # UC_HOOK_INSN IN and OUT(uc, port, size, …): unicorn never asks the permission maps, so each one exits
 io:
@@ -256,30 +228,26 @@ inject:
 
 ENTRY = {
     "intr": 0,
-    "block": 160,
-    "io": 272,
-    "syscall": 304,
-    "sysenter": 320,
-    "fill": 352,
-    "inject": 672,
+    "io": 160,
+    "syscall": 192,
+    "sysenter": 208,
+    "fill": 240,
+    "inject": 560,
 }
 
 CODE = bytes.fromhex(
-    "53488d1df80f00004c8b43304d85c074524d8b48204d034828410fb748164d8b104c8b5b50498b838000000049034008"
-    "410fb6114901d249ffc141f601804d8d490175f641f601804d8d490175f64939c27404ffc975d948c743300000000048"
-    "014b1881fe00010000730d48ff4328488b7b58ff5360eb1389f0488903488b4358c7401c00000000ff5378488b4350c7"
-    "800c150000000000005bc30f1f440000488d05590f00004c8b0c244983e1c041ba080000004d398960ffffff75094939"
-    "b140ffffff74134983e94041ffca75e5c7401402000000ff60784d8d8940ffffff410fb7491648294818780b83783800"
-    "75054c894830c34801481848c7403000000000c7401401000000ff60780f1f00488d05e90e000089704889504cbe7b00"
-    "0000eb2866662e0f1f84000000000090488d05c90e0000bef0040000eb0e6690488d05b90e0000bef1040000488b7850"
-    "31d231c9ff6070660f1f8400000000005355415441554156488d1d910e000048897308894b104489839000000048ff43"
-    "204889f54189cc4589c54589ce83f902750848c743300000000048ff8bb0000000753a488b7b58ff93a80000004c89ea"
-    "48c1e20448035358488b82108a000048c1e80648ffc048c1e003483d00000200720448c1e01e488983b0000000488b7b"
-    "584889ee31d24489e14589e84589f14883ec08ff742438ff93800000004883c41084c074704c89ea48c1e20448035358"
-    "4889e848c1e80c48c1e006482382108a0000480382188a0000488b481848c1e90c4c8b83980000004183fc027410490f"
-    "a308722c48c74010ffffffffeb224c8b8ba0000000490fa3097223490fab08720f488b7b58ff93a8000000e92affffff"
-    "b801000000415e415d415c5d5bc348c74010ffffffff488b7b50be00040000ba15000000488b4c2430ff53700f1f4000"
-    "53488d1d580d000048c74330000000008b433c85c07446c7433c0000000083671cfd48ff432883f8017511488b7b508b"
-    "7340ba01000000ff5368eb0c8b4b40898fa0810000ff5360488b4350c7800c15000000000000b8010000005bc34889d8"
-    "5bffa088000000"
+    "53488d1df80f00004c8b43104d85c074514d8b48204d034828410fb748164d8b104c8b5b50498b838000000049034008"
+    "410fb6114901d249ffc141f601804d8d490175f641f601804d8d490175f64939c27404ffc975d948c743100000000048"
+    "010b81fe00010000730d48ff4338488b7b58ff5360eb1489f048894318488b4358c7401c00000000ff5378488b4350c7"
+    "800c150000000000005bc30f1f440000488d05590f000089704889504cbe7b000000eb2866662e0f1f84000000000090"
+    "488d05390f0000bef0040000eb0e6690488d05290f0000bef1040000488b785031d231c9ff6070660f1f840000000000"
+    "5355415441554156488d1d010f000048897320894b284489432c48ff43304889f54189cc4589c54589ce83f902750848"
+    "c743100000000048ff8ba8000000753a488b7b58ff93a00000004c89ea48c1e20448035358488b82108a000048c1e806"
+    "48ffc048c1e003483d00000200720448c1e01e488983a8000000488b7b584889ee31d24489e14589e84589f14883ec08"
+    "ff742438ff93800000004883c41084c074704c89ea48c1e204480353584889e848c1e80c48c1e006482382108a000048"
+    "0382188a0000488b481848c1e90c4c8b83900000004183fc027410490fa308722c48c74010ffffffffeb224c8b8b9800"
+    "0000490fa3097223490fab08720f488b7b58ff93a0000000e92affffffb801000000415e415d415c5d5bc348c74010ff"
+    "ffffff488b7b50be00040000ba15000000488b4c2430ff53700f1f800000000053488d1dc80d000048c7431000000000"
+    "8b434085c07446c743400000000083671cfd48ff433883f8017511488b7b508b7344ba01000000ff5368eb0c8b4b4489"
+    "8fa0810000ff5360488b4350c7800c15000000000000b8010000005bc34889d85bffa088000000"
 )

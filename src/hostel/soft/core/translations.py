@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hostel.errors import HostError, MemoryFault
 from hostel.soft.physical import PAGE
 from hostel.soft.silicon import Access, EptFault, PageFault, Translation
 from hostel.soft.state import CR4_SMAP, RFLAGS_AC
@@ -62,7 +63,15 @@ class Translations:
         except (PageFault, EptFault) as refused:
             self.refused = refused, access
             return None
+        self._check(found.frame)
         return found.frame, self._rights(page, access, found)
+
+    def _check(self, frame: int) -> None:
+        """Unicorn would go on behind a store to where no memory is, to the end of that block and the next."""
+        try:
+            self._core.physical.view(frame, PAGE)
+        except MemoryFault:
+            raise HostError(f"a translation leads to {frame:#x}, where no memory is") from None
 
     def _rights(self, page: int, access: Access, found: Translation) -> int:
         """What of a page the engine may do without asking again.

@@ -12,7 +12,8 @@ from hostel.errors import HostError
 from hostel.soft.physical import PAGE, PhysicalMemory
 from hostel.soft.silicon import CoreStatistics
 
-from .engine import Block, Engine
+from .counter import Block
+from .engine import Engine
 from .env import bits_of, segmented
 from .scan import Scanner
 
