@@ -7,11 +7,13 @@ import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("unicorn", reason="the extra `soft` is not installed")
 
+import hostel
 from hostel.soft.core import counter
 from hostel.soft.core.counter import Block, Counter
 from hostel.soft.silicon import Pin, Reason
@@ -188,10 +190,11 @@ with Bench(LOOP) as bench:
 @pytest.mark.parametrize("threshold", ["100", "1000000000"])
 def test_wherever_the_library_has_its_memory(far: bool, threshold: str) -> None:
     """What is near is called and named in other ways than what is far."""
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": threshold}
+    roots = Path(__file__).parents[2], Path(hostel.__file__).parents[1]
+    path = os.pathsep.join(map(str, roots))
     done = subprocess.run(
         [sys.executable, "-c", FAR.format(far=far)],
-        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": threshold, "PYTHONPATH": path},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
