@@ -15,7 +15,7 @@ Ratios are hostel by QEMU: above 1 is better for throughput, below 1 for round-t
 a MB (the kernel's own counters, for both), exits that reached Python a MB, and CPU seconds of the whole
 host, guest and both ends of the transfer included, a GB.
 
-    ./dev bench io [ROW…]     some rows only
+    ./dev bench io [ROW…] [PART…]     some rows, some of: network, disk, files, vsock
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ MACHINES: dict[str, dict[str, Any]] = {
     "hostel_e1000": {"engine": "kvm", "net": "python", "model": "e1000"},
     "qemu_e1000": {"engine": "qemu", "net": "python", "model": "e1000"},
 }
+
+PARTS = ("network", "disk", "files", "vsock")
 
 FIO = {
     "read_1m_qd1": ("read", "1M", 1),
@@ -225,8 +227,8 @@ def drain(listener: socket.socket, taken: list[float]) -> None:
         taken.append(time.monotonic() - started)
 
 
-def measure(name: str, work: Path) -> dict[str, Any]:
-    """In a process of its own: one machine, everything that its row has."""
+def measure(name: str, work: Path, parts: list[str]) -> dict[str, Any]:
+    """In a process of its own: one machine, everything that its row has and is asked for."""
     setup = MACHINES[name]
     disks = (Disk(path=str(work / "disk.raw"), plane=setup["disk"]),) if "disk" in setup else ()
     model = setup.get("model", "virtio")
@@ -242,12 +244,15 @@ def measure(name: str, work: Path) -> dict[str, Any]:
     with machine as vm:
         vm.wait_ready(300)
         probe = Probe(vm, setup)
-        probe.network()
-        if disks:
-            probe.disk()
-            probe.files()
-        if "vsock" in setup:
-            probe.vsock()
+        has = {
+            "network": True,
+            "disk": bool(disks),
+            "files": bool(disks),
+            "vsock": "vsock" in setup,
+        }
+        for part in parts:
+            if has[part]:
+                getattr(probe, part)()
         return {"samples": probe.samples, "counts": probe.counts}
 
 
@@ -313,7 +318,7 @@ def counted() -> Iterator[None]:
 
 
 def main() -> None:
-    names = [name for name in MACHINES if name in sys.argv[1:] or not sys.argv[1:]]
+    names, parts = chosen(MACHINES), chosen(PARTS)
     runs = int(os.environ.get("BENCH_RUNS", "3"))
     left_out = {}
     if not kernel_with_e1000():
@@ -327,7 +332,7 @@ def main() -> None:
     with counted(), host_side() as work:
         for _ in range(runs):
             for name in names:
-                collect(name, in_a_child(name, work), samples, counts)
+                collect(name, in_a_child(name, work, parts), samples, counts)
     report(
         "io",
         rows(samples),
@@ -337,8 +342,14 @@ def main() -> None:
     )
 
 
-def in_a_child(name: str, work: Path) -> dict[str, Any]:
-    argv = [sys.executable, __file__, "--machine", name, str(work)]
+def chosen(known: Iterable[str]) -> list[str]:
+    """Those that the command line names, or all of them."""
+    known = list(known)
+    return [name for name in known if name in sys.argv[1:]] or known
+
+
+def in_a_child(name: str, work: Path, parts: list[str]) -> dict[str, Any]:
+    argv = [sys.executable, __file__, "--machine", name, str(work), *parts]
     done = subprocess.run(argv, stdout=subprocess.PIPE, check=False, timeout=900)
     if done.returncode:
         raise SystemExit(f"{name} could not be measured")
@@ -378,6 +389,6 @@ def ratios(samples: dict[str, list[float]]) -> Iterator[tuple[str, float]]:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--machine"]:
-        print(json.dumps(measure(sys.argv[2], Path(sys.argv[3]))))
+        print(json.dumps(measure(sys.argv[2], Path(sys.argv[3]), sys.argv[4:])))
     else:
         here_or_in_testbed(__file__, main)
