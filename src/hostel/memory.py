@@ -27,7 +27,7 @@ import errno
 import fcntl
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from struct import Struct
 from types import TracebackType
 from typing import Protocol
@@ -84,6 +84,7 @@ class Memory(Protocol):
     """What a data plane needs of it, in the machine's own process or another."""
 
     def view(self, gpa: int, size: int) -> memoryview: ...
+    def views(self, gpas: Sequence[int], sizes: Sequence[int]) -> list[memoryview]: ...
     def read(self, gpa: int, size: int) -> bytes: ...
 
 
@@ -122,6 +123,14 @@ class GuestMemory:
             return self._bytes[gpa : gpa + size]
         start = self._offset(gpa, size)
         return self._bytes[start : start + size]
+
+    def views(self, gpas: Sequence[int], sizes: Sequence[int]) -> list[memoryview]:
+        """A view of each, of numbers that are not negative."""
+        whole, low, view = self._bytes, self._low_size, self.view
+        return [
+            whole[at : at + size] if at + size <= low else view(at, size)
+            for at, size in zip(gpas, sizes, strict=True)
+        ]
 
     def read(self, gpa: int, size: int) -> bytes:
         start = self._offset(gpa, size)

@@ -50,6 +50,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     """Small reads from the page cache need no worker; the others do."""
     if request.param == "by workers":
         monkeypatch.setattr(block_module, "AT_ONCE", 0)
+        monkeypatch.setattr(block_module, "ALONE", 0)
 
 
 @pytest.mark.usefixtures("way")
@@ -190,20 +191,6 @@ def test_what_cannot_be_answered_needs_reset(
     assert disk.driver.needs_reset
     disk.driver.start(FLUSH, size=64)
     assert disk.read(0, 512)[0] == OK
-
-
-def test_a_cached_read_needs_no_worker(
-    rig: Rig, image: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    content = image.read_bytes()
-    disk = disk_on(rig, Block(rig.loop, str(image), name="cached"))
-    device = disk.driver.device
-    assert isinstance(device, Block)
-    room = bytearray(512)
-    if not device.disk.read_cached([memoryview(room)], 0):
-        pytest.skip("this file system does not say what is cached (RWF_NOWAIT)")
-    monkeypatch.setattr(DiskFile, "read", lambda *_: pytest.fail("a worker was asked"))
-    assert disk.read(9, 4096) == (OK, content[9 * 512 : 9 * 512 + 4096])
 
 
 @pytest.mark.usefixtures("way")

@@ -83,7 +83,7 @@ def test_direct_io_is_direct(image: Path, monkeypatch: pytest.MonkeyPatch) -> No
         disk.read([aligned[1 : 1 + 512]], 512)
         assert used[-1] == disk.fd, "misaligned: by the page cache"
         assert room[1:513] == image.read_bytes()[512:1024]
-    assert not disk.read_cached([memoryview(bytearray(512))], 0)
+    assert not disk.read_cached([memoryview(bytearray(512))], 0, 512)
     disk.close()
 
 

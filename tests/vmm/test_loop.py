@@ -42,6 +42,20 @@ def test_reads_are_reported(loop: EventLoop) -> None:
     os.close(writer)
 
 
+def test_an_edge_is_reported_once_and_need_not_be_read(loop: EventLoop) -> None:
+    event = os.eventfd(0, os.EFD_NONBLOCK)
+    calls: list[int] = []
+    os.eventfd_write(event, 1)
+    loop.add(event, lambda: calls.append(1), edge=True)
+    for turn in range(1, 4):
+        for _ in range(5):
+            loop.run_sync(lambda: None)
+        assert len(calls) == turn
+        os.eventfd_write(event, 1)
+    loop.remove(event)
+    os.close(event)
+
+
 def test_write_interest_can_be_switched(loop: EventLoop) -> None:
     reader, writer = os.pipe()
     writable = threading.Event()

@@ -32,6 +32,8 @@ _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 0x10  # FALLOC_FL_*, <linux/falloc.
 _BLKDISCARD, _BLKPBSZGET, _BLKZEROOUT = 0x1277, 0x127B, 0x127F  # <linux/fs.h>
 _ZEROES = bytes(1 << 20)
 MAX_BLOCK = 4096
+_IN_MEMORY = {0x0102_1994, 0x8584_58F6}
+"""TMPFS_MAGIC, RAMFS_MAGIC: <linux/magic.h>"""
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTTY}
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -52,6 +54,8 @@ class DiskFile:
         self.is_cached = cache != "none"
         self._flushes = cache != "unsafe"
         self._direct = -1
+        self._cached_flags: int | None = os.RWF_NOWAIT if self.is_cached else None
+        """How to read what the page cache holds, where there is a way."""
         access = os.O_RDONLY if read_only else os.O_RDWR
         try:
             # O_NONBLOCK: or opening a FIFO would wait for its writer. A disk ignores it.
@@ -139,14 +143,28 @@ class DiskFile:
     def read(self, buffers: Sequence[memoryview], offset: int) -> None:
         self._transfer(os.preadv, buffers, offset, 0)
 
-    def read_cached(self, buffers: Sequence[memoryview], offset: int) -> bool:
-        """Read what the page cache holds, without waiting; ``False`` if not all of it is there."""
-        if not self.is_cached:
+    def read_cached(self, buffers: Sequence[memoryview], offset: int, size: int) -> bool:
+        """Read ``size`` bytes that the page cache holds, without waiting; ``False`` if it has not all."""
+        if self._cached_flags is None:
             return False
         try:
-            return os.preadv(self.fd, buffers, offset, os.RWF_NOWAIT) == total(buffers)
-        except OSError:  # not cached, or the file system cannot say
+            return os.preadv(self.fd, buffers, offset, self._cached_flags) == size
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:  # the file system cannot say: do not ask again
+                self._cached_flags = 0 if self._is_in_memory() else None
             return False
+
+    def write_cached(self, buffers: Sequence[memoryview], offset: int, size: int) -> bool:
+        """Give ``size`` bytes to the page cache; ``False`` if not all of it was taken."""
+        try:
+            return os.pwritev(self.fd, buffers, offset) == size
+        except OSError:
+            return False
+
+    def _is_in_memory(self) -> bool:
+        """Whether a file system is its page cache, so that a read waits for no medium."""
+        answer = (ctypes.c_long * 15)()  # struct statfs: f_type comes first
+        return not _libc.fstatfs(self.fd, answer) and answer[0] in _IN_MEMORY
 
     def write(self, buffers: Sequence[memoryview], offset: int, *, through: bool = False) -> None:
         """``through``: on the medium before it returns."""

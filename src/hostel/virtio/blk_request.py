@@ -24,6 +24,7 @@ RANGE_SECTORS = 1 << 21
 RANGES = 16
 """Discard and write-zeroes: at most 1 GiB in a range and this many ranges in a request."""
 _HEADER = abi.BLK_OUTHDR.size
+_unpack_header = abi.BLK_OUTHDR.unpack
 
 
 class Request(msgspec.Struct):
@@ -38,15 +39,10 @@ class Request(msgspec.Struct):
     into: list[memoryview]
     """To the guest, the status not included."""
     status: memoryview
+    size: int
+    """Bytes that a read or a write moves."""
     through: bool = False
     """A write that has to be on the medium before it is answered."""
-
-    @property
-    def size(self) -> int:
-        """Bytes that a read or a write moves."""
-        if self.kind == abi.BLK_T_IN:
-            return total(self.into)
-        return total(self.out) if self.kind == abi.BLK_T_OUT else 0
 
     def finish(self, status: int, written: int) -> None:
         """``written``: bytes to the guest before the status."""
@@ -63,19 +59,25 @@ class Refused(Exception):
 
 def parse(queue: ServedQueue, chain: Chain) -> Request:
     """16 bytes of header first, one byte of status last."""
-    readable, writable = chain.readable, chain.writable
-    if readable and writable and len(readable[0]) == _HEADER and len(writable[-1]) == 1:
-        kind, _, sector = abi.BLK_OUTHDR.unpack(readable[0])  # as every driver does it
-        return Request(queue, chain, kind, sector, readable[1:], writable[:-1], writable[-1])
-    head, out = take(readable, _HEADER)
-    header = b"".join(head)
-    if len(header) < _HEADER:
-        raise QueueError(f"a block request with a header of {len(header)} bytes")
-    into, status = take(writable, total(writable) - 1)
-    if not status:
-        raise QueueError("a block request without room for its status")
-    kind, _, sector = abi.BLK_OUTHDR.unpack(header)
-    return Request(queue, chain, kind, sector, out, into, status[0])
+    out, into = chain.readable, chain.writable
+    if out and into and len(out[0]) == _HEADER and len(into[-1]) == 1:  # as every driver does it
+        kind, _, sector = _unpack_header(out.pop(0))
+        status = into.pop()
+    else:
+        head, out = take(out, _HEADER)
+        if total(head) < _HEADER:
+            raise QueueError(f"a block request with a header of {total(head)} bytes")
+        into, last = take(into, total(into) - 1)
+        if not last:
+            raise QueueError("a block request without room for its status")
+        kind, _, sector = _unpack_header(b"".join(head))
+        status = last[0]
+    size = 0
+    if kind == abi.BLK_T_IN:
+        size = chain.size - _HEADER - 1 - total(out) if out else chain.size - _HEADER - 1
+    elif kind == abi.BLK_T_OUT:
+        size = chain.size - _HEADER - 1 - total(into) if into else chain.size - _HEADER - 1
+    return Request(queue, chain, kind, sector, out, into, status, size)
 
 
 def perform(disk: DiskFile, request: Request, serial: bytes) -> tuple[int, int]:
@@ -107,14 +109,13 @@ def _span(disk: DiskFile, sector: int, length: int) -> int:
 
 
 def _read(disk: DiskFile, request: Request) -> int:
-    length = total(request.into)
-    disk.read(request.into, _span(disk, request.sector, length))
-    return length
+    disk.read(request.into, _span(disk, request.sector, request.size))
+    return request.size
 
 
 def _write(disk: DiskFile, request: Request) -> int:
     _check_writable(disk)
-    offset = _span(disk, request.sector, total(request.out))
+    offset = _span(disk, request.sector, request.size)
     disk.write(request.out, offset, through=request.through)
     return 0
 

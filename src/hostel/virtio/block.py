@@ -7,9 +7,9 @@
                                                     └─ flush, discard … ─► workers ─► push, interrupt
 
 Guest data is never copied here: the kernel moves it between the file and guest memory. A disk has a
-thread of its own, so that what it does at once holds up nothing but itself. Workers also do what
-io_uring did not do at the first go, and everything where the host has none. Queues take turns
-(``plane.BATCH``).
+thread of its own, so that what it does at once holds up nothing but itself; several large copies at a
+time are the workers'. Workers also do what io_uring did not do at the first go, and everything where
+the host has none. Queues take turns (``plane.BATCH``).
 
 A disk with rates stops taking requests while it is in debt (``limit.py``); a timer kicks it then.
 """
@@ -51,6 +51,10 @@ SEGMENTS = QUEUE_SIZE - 2
 SEGMENT_SIZE = 4 << 20
 AT_ONCE = 64 << 10
 """Bytes that are copied where they were asked for; more is spread over threads, and so over pCPUs."""
+ALONE = 2 << 20
+"""The same for a request that comes alone: another thread gains it nothing. Linux has 1,280 KiB at most."""
+AHEAD = 8
+"""Chains that are taken from a ring at a time."""
 WORKERS = 4
 
 
@@ -83,6 +87,8 @@ class Block(QueueDevice):
         self._cache = cache
         self._write_cache = cache != "writethrough"
         self._limiter = Limiter(limits or Limits())
+        self._limited = self._limiter.active
+        self._ahead = 1 if self._limited else AHEAD
         self._jobs: SimpleQueue[Request | None] = SimpleQueue()
         self._workers = workers
         self._threads: list[threading.Thread] = []
@@ -91,6 +97,8 @@ class Block(QueueDevice):
         """What io_uring has, by token: the request and its size."""
         self._token = 0
         self._in_flight = 0
+        self._crowded = False
+        """Something came while the last large request was copied where it was asked for."""
         self._draining = False
         self._idle = threading.Condition(self.lock)
         self._describe()
@@ -138,21 +146,28 @@ class Block(QueueDevice):
     # -- the disk's own thread ----------------------------------------------------------------
 
     def serve(self, queue: ServedQueue) -> None:
-        if self._draining or self._limiter.take(0, 0):  # a timer is set
+        if self._draining or (self._limited and self._limiter.take(0, 0)):  # a timer is set
             return
-        for chain in queue.chains():
-            request = parse(queue, chain)
-            size = request.size
-            request.through = self._is_through()
-            if not self._answer_at_once(request, size):
-                self._in_flight += 1
-                if not self._put(request, size):
-                    self._jobs.put(request)
-            if wait := self._limiter.take(size):
+        for chains in queue.batches(self._ahead):
+            alone = len(chains) == 1 and not (self._in_flight or self._crowded)
+            most = ALONE if alone else AT_ONCE
+            for chain in chains:
+                request = parse(queue, chain)
+                if request.kind != abi.BLK_T_IN:
+                    request.through = self._is_through()
+                if not self._answer_at_once(request, most):
+                    self._hand_on(request)
+            if self._limited and (wait := self._limiter.take(request.size)):
                 self.loop.call_later(wait, self._resume)
                 break
         self._submit()
         queue.interrupt()
+
+    def _hand_on(self, request: Request) -> None:
+        self._in_flight += 1
+        self._crowded = False
+        if not self._put(request, request.size):
+            self._jobs.put(request)
 
     def _is_through(self) -> bool:
         """§5.2.6.2: without a write cache, or for a driver that knows of none, a completed write is safe."""
@@ -161,18 +176,24 @@ class Block(QueueDevice):
         knows = self.driver_features & (1 << abi.BLK_F_FLUSH | 1 << abi.BLK_F_CONFIG_WCE)
         return not (self._write_cache and knows)
 
-    def _answer_at_once(self, request: Request, size: int) -> bool:
+    def _answer_at_once(self, request: Request, most: int) -> bool:
         """What the page cache gives or takes: copying is cheaper than waking a worker."""
-        if not 0 < size <= AT_ONCE or not is_on_disk(self.disk, request.sector, size):
+        size, disk = request.size, self.disk
+        if not 0 < size <= most or not is_on_disk(disk, request.sector, size):
             return False
         if request.kind == abi.BLK_T_IN:
-            if not self.disk.read_cached(request.into, request.sector * SECTOR):
+            if not disk.read_cached(request.into, request.sector * SECTOR, size):
                 return False
-            request.finish(abi.BLK_S_OK, size)
-            return True
-        if request.through or not self.disk.is_cached:
-            return False
-        request.finish(*self._answer(request))
+            written = size
+        else:
+            if request.through or disk.read_only or not disk.is_cached:
+                return False
+            if not disk.write_cached(request.out, request.sector * SECTOR, size):
+                return False
+            written = 0
+        if size > AT_ONCE:
+            self._crowded = any(queue.has_more() for queue in self.queues.values())
+        request.finish(abi.BLK_S_OK, written)
         return True
 
     # -- io_uring -----------------------------------------------------------------------------
@@ -200,7 +221,7 @@ class Block(QueueDevice):
         return True
 
     def _submit(self) -> None:
-        if self._uring is not None:
+        if self._uring is not None and self._uring.waiting:
             for _ in range(self._uring.submit()):
                 self._jobs.put(self._under_way.popitem()[1][0])
 
@@ -208,8 +229,6 @@ class Block(QueueDevice):
         """Some of it is done. On the disk's thread."""
         with self.lock:
             assert self._uring is not None
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._uring.eventfd)
             for token, result in self._uring.reap():
                 request, size = self._under_way.pop(token)
                 if result != size:  # cut short, misaligned, an error: once more, with care
@@ -224,7 +243,7 @@ class Block(QueueDevice):
     def _open_uring(self) -> None:
         with contextlib.suppress(OSError):  # none here
             self._uring = Uring(4 * BATCH, BATCH * MAX_BUFFERS)
-            self.loop.add(self._uring.eventfd, self._reap)
+            self.loop.add(self._uring.eventfd, self._reap, edge=True)
 
     def _resume(self) -> None:
         """The debt is paid."""

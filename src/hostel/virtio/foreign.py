@@ -47,6 +47,9 @@ class ForeignMemory:
                 return view[gpa - start : gpa - start + size]
         raise MemoryFault(f"guest address {gpa:#x}, {size} bytes, is outside guest memory")
 
+    def views(self, gpas: Sequence[int], sizes: Sequence[int]) -> list[memoryview]:
+        return list(map(self.view, gpas, sizes))
+
     def read(self, gpa: int, size: int) -> bytes:
         return bytes(self.view(gpa, size))
 

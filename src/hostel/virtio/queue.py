@@ -26,8 +26,9 @@ x86 never reorders anything around.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
+from struct import Struct
 
 from hostel.abi import virtio as abi
 from hostel.errors import MemoryFault, QueueError
@@ -43,7 +44,16 @@ _WRITE = abi.DESC_F_WRITE
 _INDIRECT = abi.DESC_F_INDIRECT
 _ALONE = (0, _WRITE)
 """Flags of a descriptor that is a chain by itself."""
-_unpack_descriptor = abi.DESC.unpack_from
+_unpack_descriptor, _pack_used = abi.DESC.unpack_from, abi.USED_ELEM.pack_into
+
+_Table = tuple[Callable[[memoryview], tuple[int, ...]], tuple[int, ...]]
+_tables: dict[int, _Table] = {}
+
+
+def _table(entries: int) -> _Table:
+    """How to take a table of so many descriptors apart, and what ``next`` is in each but the last."""
+    _tables[entries] = Struct("<" + "QIHH" * entries).unpack, tuple(range(1, entries))
+    return _tables[entries]
 
 
 class Fault(StrEnum):
@@ -137,7 +147,7 @@ class Queue:
         self.size = size
         self.next_avail, self.next_used = position
         self._memory = memory
-        self._view = memory.view
+        self._view, self._views = memory.view, memory.views
         self._mask = size - 1
         self._indirect = bool(features >> abi.RING_F_INDIRECT_DESC & 1)
         self._event_index = bool(features >> abi.RING_F_EVENT_IDX & 1)
@@ -170,15 +180,22 @@ class Queue:
         as most of a NIC's, is made without a call that can be spared."""
         avail, desc, mask, first = self._avail, self._desc, self._mask, self.next_avail
         waiting = (avail[1] - first) & 0xFFFF
+        chains: list[Chain] = []
+        if not waiting:
+            return chains
         if waiting > self.size:
             raise VirtqueueError(Fault.INDEX_JUMP, f"by {waiting}, size {self.size}")
-        chains = []
         for index in range(first, first + min(waiting, limit)):
             head = avail[2 + (index & mask)]
             if head > mask:
                 raise VirtqueueError(Fault.HEAD_OUT_OF_RANGE, f"{head}, size {self.size}")
             address, length, flags, _ = _unpack_descriptor(desc, head << 4)
-            if not length or flags not in _ALONE:
+            if flags == _INDIRECT:
+                chains.append(
+                    self._table_in_order(head, address, length)
+                    or self._walk_indirect(Chain(head, 0, [], []), address, length, flags)
+                )
+            elif not length or flags not in _ALONE:
                 chains.append(
                     self._walk(Chain(head, 0, [], []), desc, self.size, head, direct=True)
                 )
@@ -188,6 +205,10 @@ class Queue:
                 chains.append(Chain(head, length, [self._buffer(address, length)], []))
         self.next_avail += len(chains)
         return chains
+
+    def has_more(self) -> bool:
+        """Whether the driver has offered more than was popped: a hint, there is no fence."""
+        return bool(self._avail[1] != self.next_avail & 0xFFFF)
 
     def _buffer(self, address: int, length: int) -> memoryview:
         try:
@@ -201,10 +222,10 @@ class Queue:
 
     def push(self, chain: Chain, written: int) -> None:
         """Give a chain back; ``written`` bytes of its writable buffers are new, from the first on."""
-        slot = abi.RING_HEADER_SIZE + abi.USED_ELEM.size * (self.next_used & self._mask)
-        abi.USED_ELEM.pack_into(self._used, slot, chain.head, written)
-        self.next_used += 1
-        self._used_words[1] = self.next_used & 0xFFFF
+        used = self.next_used
+        _pack_used(self._used, 4 + ((used & self._mask) << 3), chain.head, written)
+        self.next_used = used = used + 1
+        self._used_words[1] = used & 0xFFFF
 
     def push_batch(self, done: Iterable[tuple[int, int]]) -> None:
         """Several at once, as (head, bytes written): the driver sees all of them or none."""
@@ -214,6 +235,32 @@ class Queue:
             at += 1
         self.next_used = at
         self._used_words[1] = at & 0xFFFF
+
+    def _table_in_order(self, head: int, address: int, length: int) -> Chain | None:
+        """An indirect table as drivers write it, each entry followed by the one behind it: taken apart as
+        a whole. ``None`` where it is not so, or anything is wrong: ``_walk`` reads anew, and says what.
+        """
+        entries = length >> 4
+        if not self._indirect or length & 15 or not 0 < entries <= MAX_BUFFERS:
+            return None
+        unpack, order = _tables[entries] if entries in _tables else _table(entries)
+        try:
+            fields = unpack(self._view(address, length))
+            lengths, flags = fields[1::4], fields[2::4]
+            readable, last = flags.count(_CHAINED), flags[-1]
+            writable = entries - 1 - readable
+            if last not in _ALONE or (writable and not last) or fields[3:-1:4] != order:
+                return None
+            if flags[:-1] != (_CHAINED,) * readable + (_CHAINED | _WRITE,) * writable:
+                return None
+            buffers, size = self._views(fields[::4], lengths), sum(lengths)
+        except MemoryFault:
+            return None
+        if size > MAX_BYTES or 0 in lengths:
+            return None
+        if not last:
+            readable += 1
+        return Chain(head, size, buffers[:readable], buffers[readable:])
 
     def _walk(
         self, chain: Chain, table: memoryview | bytes, entries: int, at: int, *, direct: bool
@@ -283,14 +330,15 @@ class Queue:
 
     def needs_interrupt(self) -> bool:
         """Ask after a batch of ``push``: does the driver want to hear of it (§2.7.7)?"""
-        before, self._signalled = self._signalled, self.next_used
-        if before == self.next_used:
+        before, used = self._signalled, self.next_used
+        if before == used:
             return False
+        self._signalled = used
         with self._fence:
             if not self._event_index:
                 return not self._avail[0] & abi.AVAIL_F_NO_INTERRUPT
             event = self._avail[2 + self.size]
-        return (self.next_used - event - 1) & 0xFFFF < self.next_used - before
+        return (used - event - 1) & 0xFFFF < used - before
 
     @property
     def position(self) -> tuple[int, int]:

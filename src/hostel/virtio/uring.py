@@ -53,7 +53,7 @@ class Uring:
         self._iovecs_at = _addressof(_from_buffer(self._iovecs))
         self._iovecs_used = 0
         self._tail = 0
-        self._waiting = 0
+        self.waiting = 0
 
     def _map(self, entries: int, results: int, sq: Sequence[int], cq_offsets: bytes) -> None:
         cq = abi.CQ_OFFSETS.unpack(cq_offsets)
@@ -98,19 +98,19 @@ class Uring:
             self._sqes, at, code, 0, 0, fd, offset, address, length, flags, token, 0, 0, 0, 0, b""
         )
         self._tail = self._tail + 1 & 0xFFFF_FFFF
-        self._waiting += 1
+        self.waiting += 1
 
     def submit(self) -> int:
         """Hand all of it over. How many of the last ones the kernel did not take: they are forgotten."""
         self._words[self._sq_tail] = self._tail
-        while self._waiting:
+        while self.waiting:
             try:
-                self._waiting -= _call(abi.SYS_ENTER, self.fd, self._waiting, 0, 0, None, 0)
+                self.waiting -= _call(abi.SYS_ENTER, self.fd, self.waiting, 0, 0, None, 0)
             except OSError as error:
                 if error.errno == errno.EINTR:
                     continue
                 break
-        left, self._waiting, self._iovecs_used = self._waiting, 0, 0
+        left, self.waiting, self._iovecs_used = self.waiting, 0, 0
         self._tail = self._tail - left & 0xFFFF_FFFF
         self._words[self._sq_tail] = self._tail
         return left

@@ -4,9 +4,9 @@ Everything that happens on the host's side of a machine and is not a vCPU runs h
 after another, so a callback must not block: file descriptors are non-blocking, and work that blocks
 belongs in a thread of its own.
 
-Interest is level-triggered: a callback that leaves data unread is called again. ``add``, ``modify``,
-``remove``, ``call_soon`` and ``call_later`` may be called from any thread; ``remove`` from another
-thread does not wait for a callback that is running (``run_sync`` does).
+Interest is level-triggered, unless ``add`` is told otherwise: a callback that leaves data unread is
+called again. ``add``, ``modify``, ``remove``, ``call_soon`` and ``call_later`` may be called from any
+thread; ``remove`` from another thread does not wait for a callback that is running (``run_sync`` does).
 """
 
 from __future__ import annotations
@@ -68,10 +68,21 @@ class EventLoop:
             self._thread.join()
         self._close()
 
-    def add(self, fd: int, callback: Callback, *, read: bool = True, write: bool = False) -> None:
-        """Call ``callback()`` whenever ``fd`` is ready, or has failed or hung up."""
+    def add(
+        self,
+        fd: int,
+        callback: Callback,
+        *,
+        read: bool = True,
+        write: bool = False,
+        edge: bool = False,
+    ) -> None:
+        """Call ``callback()`` whenever ``fd`` is ready, or has failed or hung up.
+
+        ``edge``: once for what came, read or not. An eventfd then never needs to be read.
+        """
         self._callbacks[fd] = callback
-        self._epoll.register(fd, _events(read, write))
+        self._epoll.register(fd, _events(read, write) | (select.EPOLLET if edge else 0))
 
     def modify(self, fd: int, *, read: bool = True, write: bool = False) -> None:
         """With neither, only failure and hang-up are reported."""
@@ -118,18 +129,20 @@ class EventLoop:
                 return
 
     def _run(self) -> None:
+        poll, callbacks = self._epoll.poll, self._callbacks
         while self._running:
-            self._run_due()
-            for fd, _ in self._epoll.poll(self._patience()):
+            if self._later:
+                self._run_due()
+            for fd, _ in poll(self._patience() if self._later else None):
                 if fd == self._wake:
                     self._run_soon()
-                elif callback := self._callbacks.get(fd):  # an earlier one may have removed it
+                elif callback := callbacks.get(fd):  # an earlier one may have removed it
                     self._call(callback)
                 if not self._running:
                     break
 
-    def _patience(self) -> float | None:
-        return max(self._later[0][0] - time.monotonic(), 0) if self._later else None
+    def _patience(self) -> float:
+        return max(self._later[0][0] - time.monotonic(), 0)
 
     def _run_due(self) -> None:
         while self._later and self._later[0][0] <= time.monotonic():
