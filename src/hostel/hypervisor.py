@@ -159,6 +159,11 @@ class Vcpu(Protocol):
     def set_cpuid(self, entries: Sequence[abi.CpuidEntry2]) -> None:
         """Before the first ``run``."""
 
+    def set_guest_debug(self, control: int, debugreg: Sequence[int] = ()) -> None:
+        """GUESTDBG_* of KVM. With ENABLE and SINGLESTEP each instruction ends in a ``DebugExit``; one that
+        the monitor has to answer is such an exit first; one at which an interrupt or a fault comes may end
+        behind the handler's first. Breakpoints and ``debugreg``: KVM only."""
+
     def get_tsc_khz(self) -> int: ...
     def get_lapic(self) -> abi.LapicState: ...
     def set_lapic(self, state: abi.LapicState) -> None: ...

@@ -35,7 +35,7 @@ ESCAPE = b"\x1d"
 
 _CHUNK = 4096
 _SOFT = ("paging", "trap", "trace", "record")
-_OF_A_REPLAY = ("replay", "trace", "engine", "timeout")
+_OF_A_REPLAY = ("replay", "trace", "engine", "timeout", "quiet", "verbose", "debug")
 
 
 @click.command("boot", cls=opt.Command)
@@ -110,20 +110,28 @@ def _replay(path: str, trace: str, timeout: float | None) -> int:
 
     from hostel.soft.record import log
 
-    context = click.get_current_context()
-    for name in context.params:
-        asked = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-        if (asked and name not in _OF_A_REPLAY) or context.params["engine"] in ("kvm", "qemu"):
-            raise UserError(
-                "a replay is of the machine that its log describes",
-                cure=f"give --replay without --{name if asked else 'engine'}",
-            )
+    _check_alone(click.get_current_context())
     spec = decode(log.read(Path(path)).spec, format="json")
     how = msgspec.structs.replace(spec.soft or Soft(), replay=path, trace=trace)
     with _started(spec.replace(soft=how)) as engine:
-        code = _Session(engine).run(timeout)
-    say.detail(f"the replay of {path} was the same, to the last register")
+        session = _Session(engine)
+        code = session.run(timeout)
+    if session.saw_the_end:
+        say.detail(f"the replay of {path} was the same, to the last register")
     return code
+
+
+def _check_alone(context: click.Context) -> None:
+    """That nothing is said of the machine."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        fits = name in _OF_A_REPLAY and (name != "engine" or context.params[name] == "soft")
+        if given and not fits:
+            raise UserError(
+                "a replay is of the machine that its log describes",
+                cure=f"give --replay without {parameter.opts[-1]}",
+            )
 
 
 @contextlib.contextmanager
@@ -157,6 +165,8 @@ class _Session:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._left: Literal["", "escape", "pipe"] = ""
+        self.saw_the_end = False
+        """The guest's, not the caller's."""
 
     def run(self, timeout: float | None) -> int:
         interactive = terminal.interactive()
@@ -172,6 +182,7 @@ class _Session:
         return self._exit_code(ending)
 
     def _exit_code(self, ending: Ending | None) -> int:
+        self.saw_the_end = ending is not None and not self._left
         if self._left:
             return OK if self._left == "escape" else 128 + signal.SIGPIPE
         if ending is None:

@@ -21,10 +21,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hostel.abi import kvm as abi
-from hostel.hypervisor import Exit, Interrupted
+from hostel.errors import HostError
+from hostel.hypervisor import DebugExit, Exit, Interrupted, MmioExit, PioExit
 
 from . import registers
 from .cpuid import Cpuid
+from .vmx.fields import Field
 
 if TYPE_CHECKING:
     from .hypervisor.vcpu import SoftVcpu
@@ -36,6 +38,8 @@ TSC_KHZ = 1_000_000
 """A guest instruction is a tick of the TSC and a nanosecond."""
 HOST_VECTOR = 0xF0
 """Of the host's interrupt that gets a guest out."""
+DB, DR6_STEP = 1, 0xFFFF_4FF0
+"""#DB, and DR6 as a single step leaves it: BS, and the bits that are always 1 (SDM vol. 3B §17.2.3)."""
 _LAPIC_SIZE = 0x400
 _LAPIC_SETTABLE = (0x80, 0xD0, 0xE0, 0xF0, 0x320, 0x330, 0x340, 0x350, 0x360, 0x370, 0x3E0)
 """Registers that hold a setting: TPR, LDR, DFR, SVR, the LVT, the divider. Writing others acts."""
@@ -54,6 +58,11 @@ class Vcpu:
         self._kicked = False
         self._awake = threading.Event()
         self._runs = False
+        self._steps = False
+        self._unfinished = False
+        """The instruction that is stepped over waits for the monitor's answer."""
+        self._late: threading.Timer | None = None
+        """Interrupts a kicked vCPU of a recorded machine, if its slice does not end by itself."""
 
     # --- Running ---
 
@@ -66,10 +75,17 @@ class Vcpu:
                     self._sleep(None)
                 elif (exit := self._go_on()) is not None:
                     return exit
-            self._kicked = False
+            self._obey()
             return _INTERRUPTED
         finally:
             vm.lock.give()
+
+    def _obey(self) -> None:
+        """A kick."""
+        self._kicked = False
+        if (late := self._late) is not None:
+            late.cancel()
+            self._late = None
 
     def _go_on(self) -> Exit | None:
         """With the turn: until it is over, or somebody wants something."""
@@ -81,7 +97,7 @@ class Vcpu:
             if not vm.pass_on():
                 self._idle()
             return None
-        exit = self._run()
+        exit = self._step() if self._steps else self._run()
         if exit is None:
             if self._soft.pauses or self.idle or vm.pcpu.tsc >= vm.turn_end:
                 vm.pass_on()
@@ -107,6 +123,28 @@ class Vcpu:
             return self._soft.run(vm.pcpu, vm.turn_end - vm.pcpu.tsc)
         finally:
             self._runs = False
+
+    def _step(self) -> Exit | None:
+        """One instruction, or a piece of it: None."""
+        vm, soft = self._vm, self._soft
+        if not self._unfinished and vm.pcpu.tsc >= vm.turn_end:
+            return None
+        before = self._place()
+        exit = soft.run(vm.pcpu, 0 if self._unfinished else 1)  # 1: a VM entry, for one instruction
+        done = self._unfinished or (self._place() != before and soft.event is None)
+        self._unfinished = isinstance(exit, PioExit | MmioExit)
+        return exit or (self._debug_exit() if done else None)
+
+    def _place(self) -> tuple[int, int]:
+        """What moves with each instruction: the one if it exits, the other if not."""
+        soft = self._soft
+        soft.load(self._vm.pcpu)
+        return soft.read(Field.GUEST_RIP), soft.instructions
+
+    def _debug_exit(self) -> DebugExit:
+        state = self._soft.full_state()
+        base = 0 if state.bits == 64 else state.cs.base
+        return DebugExit(DB, base + state.rip, DR6_STEP, state.dr7)
 
     def _idle(self) -> None:
         """So are all others: time passes as the host's does."""
@@ -137,17 +175,33 @@ class Vcpu:
         self._awake.set()
 
     def call(self) -> None:
-        """Out of sleep, and out of the guest: on a recorded machine at its turn's next border, which is soon.
-        From any thread."""
+        """Out of sleep, and out of the guest; a recorded machine looks at its turn's next border, which is
+        soon. From any thread."""
         self._awake.set()
         if self._vm.inputs is None:
-            self._vm.machine.attention = True
-            if self._runs:
-                self._vm.pcpu.interrupt(HOST_VECTOR)
+            self._interrupt()
 
     def kick(self) -> None:
+        inputs = self._vm.inputs
         self._kicked = True
-        self.call()
+        self._awake.set()
+        if inputs is None or not inputs.patience:
+            self._interrupt()
+        elif self._runs and self._late is None:
+            self._late = threading.Timer(inputs.patience, self._cut, (inputs,))
+            self._late.daemon = True
+            self._late.start()
+
+    def _interrupt(self) -> None:
+        self._vm.machine.attention = True
+        if self._runs:
+            self._vm.pcpu.interrupt(HOST_VECTOR)
+
+    def _cut(self, inputs: Inputs) -> None:
+        """A slice full of what is slow: the machine ends within it."""
+        if self._kicked and self._runs:
+            inputs.cut = True
+            self._interrupt()
 
     # --- State ---
 
@@ -192,6 +246,11 @@ class Vcpu:
 
     def set_cpuid(self, entries: Sequence[abi.CpuidEntry2]) -> None:
         self._soft.cpuid = Cpuid(entries)
+
+    def set_guest_debug(self, control: int, debugreg: Sequence[int] = ()) -> None:
+        if control & ~(abi.GUESTDBG_ENABLE | abi.GUESTDBG_SINGLESTEP):
+            raise HostError("the software hypervisor has no breakpoints", cure="single steps")
+        self._steps = control == abi.GUESTDBG_ENABLE | abi.GUESTDBG_SINGLESTEP
 
     def get_tsc_khz(self) -> int:
         return TSC_KHZ

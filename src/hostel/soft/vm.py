@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 SLICE = 200_000
 """Guest instructions in one turn: some hundred microseconds."""
-ALONE = 5 * SLICE
-"""The same of a machine's only vCPU: an exit less often."""
+ALONE = 50 * SLICE
+"""The same of a machine's only vCPU: an exit less often. Whoever wants something done interrupts it."""
 
 
 class System:

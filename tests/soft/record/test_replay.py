@@ -273,3 +273,27 @@ def test_a_full_disk_ends_the_machine() -> None:
         assert monitor.wait(PATIENCE) == Ending(
             "error", "the log /dev/full cannot be written: No space left on device"
         )
+
+
+def test_a_slice_that_does_not_end_is_cut(tmp_path: Path) -> None:
+    """Each instruction of it is Python's work for the core: the slice would take longer than a stop may."""
+    path = tmp_path / "log"
+    source = "0: mov %cr3, %eax; mov %eax, %cr3; jmp 0b"
+    with made(source, recording(Soft(), path)) as monitor:
+        time.sleep(0.1)
+        begun = time.monotonic()
+        monitor.stop()
+        assert time.monotonic() - begun < 4
+    assert monitor.wait(0) == Ending("stopped")
+    last = log.read(path).entries[-1].value
+    assert isinstance(last, log.End)
+    assert last.vcpus == ()
+
+
+def test_a_replay_can_be_stopped(tmp_path: Path) -> None:
+    path, source = tmp_path / "log", "cli" + SPIN
+    with made(source, recording(Soft(), path)) as monitor:
+        time.sleep(0.5)
+    with made(source, replaying(Soft(), path)) as monitor:
+        monitor.stop()
+        assert monitor.wait(0) == Ending("stopped")
