@@ -109,7 +109,10 @@ USAGE = [
     (["run", "-m", "1K", "true"], "memory must be at least 32M"),
     (["run", "--engine", "soft", "true"], "not for Linux"),
     (["boot", "--engine", "soft"], "engine soft has no kernel of its own"),
-    (["boot", "--paging", "shadow"], "paging and trap are words of engine soft"),
+    (
+        ["boot", "--paging", "shadow"],
+        "paging, trap, record, replay and trace are words of engine soft",
+    ),
     (["run", "-v", "nothing", "true"], "not a volume: 'nothing'"),
     (["run", "--tmpfs", "relative", "true"], "must be absolute"),
     (["run", "--timeout", "soon", "true"], "not a duration: 'soon'"),
