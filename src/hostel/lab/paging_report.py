@@ -123,7 +123,7 @@ def _work(chosen: Sequence[Workload], columns: Sequence[Column]) -> Table:
         ),
         note="fills: entries made in a shadow, an EPT or NPT. syncs: guest tables compared again with their "
         "shadows. refs/walk: entries read for a TLB miss, on average, and for the longest. tables: of the "
-        "hypervisor, on soft at their most, on KVM at the guest's end. –: this way cannot tell.",
+        "hypervisor, at the guest's end. –: this way cannot tell.",
     )
 
 

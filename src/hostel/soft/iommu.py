@@ -25,10 +25,18 @@ import msgspec
 
 from hostel.errors import MemoryFault
 
+from .paging.tree import LARGE_PAGE, PAGE_SHIFTS, TableTree
+from .paging.walk import ADDRESS, PHYSICAL_BITS, bits
 from .physical import PAGE, PhysicalMemory
 
-PRESENT, READ, WRITE, LARGE = 1, 1, 2, 1 << 7
-_ADDRESS = (1 << 52) - PAGE
+PRESENT, READ, WRITE = 1, 1, 2
+_ABOVE = bits(63, PHYSICAL_BITS)
+_ROOT_RESERVED = bits(11, 1) | _ABOVE, bits(63, 0)
+_CONTEXT_RESERVED = bits(11, 4) | _ABOVE, bits(7, 7) | bits(63, 24)
+"""Of the lower and the upper half (§9.1, §9.3)."""
+_ENTRY_RESERVED = bits(11, 11) | bits(51, PHYSICAL_BITS) | bits(62, 62)
+"""Of a second-level entry (§9.8): bits 11 and 62 are those of snoop control and of device TLBs, which are not
+here; bits 63 and 61:52 are ignored."""
 _MAX_FAULTS = 16
 """Fault recording registers; one more sets the overflow (§7.3.1)."""
 _IOTLB_SIZE, _CONTEXTS = 256, 64
@@ -46,6 +54,8 @@ class DmaFault(IntEnum):
     TABLE_ACCESS = 7
     ROOT_ACCESS = 8
     CONTEXT_ACCESS = 9
+    ROOT_RESERVED = 10
+    CONTEXT_RESERVED = 11
     TABLE_RESERVED = 12
 
 
@@ -72,7 +82,6 @@ class Memory(Protocol):
 
     def read(self, address: int, size: int, /) -> bytes: ...
     def write(self, address: int, data: bytes, /) -> None: ...
-    def read_u64(self, address: int, /) -> int: ...
 
 
 class IommuStatistics(msgspec.Struct):
@@ -142,21 +151,25 @@ class Iommu:
         def refuse(reason: DmaFault, quiet: bool = False) -> Refusal:
             return self._refuse(source, address, is_write, reason, quiet=quiet)
 
-        root = self._entry("root", self.root_table + (source >> 8) * 16)
+        root = self._pair("root", self.root_table + (source >> 8) * 16)
         if root is None:
             raise refuse(DmaFault.ROOT_ACCESS)
-        if not root & PRESENT:
+        if not root[0] & PRESENT:
             raise refuse(DmaFault.ROOT_NOT_PRESENT)
-        at = (root & _ADDRESS) + (source & 0xFF) * 16
-        low, high = self._entry("context", at), self._entry("context", at + 8)
-        if low is None or high is None:
+        if _reserved(root, _ROOT_RESERVED):
+            raise refuse(DmaFault.ROOT_RESERVED)
+        entry = self._pair("context", (root[0] & ADDRESS) + (source & 0xFF) * 16)
+        if entry is None:
             raise refuse(DmaFault.CONTEXT_ACCESS)
+        low, high = entry
         if not low & PRESENT:
             raise refuse(DmaFault.CONTEXT_NOT_PRESENT, bool(low & 2))
+        if _reserved(entry, _CONTEXT_RESERVED):
+            raise refuse(DmaFault.CONTEXT_RESERVED, bool(low & 2))
         kind, levels = low >> 2 & 3, (high & 7) + 2
         if kind not in (0, 2) or levels not in (3, 4):
             raise refuse(DmaFault.CONTEXT_INVALID, bool(low & 2))
-        found = _Context(high >> 8 & 0xFFFF, low & _ADDRESS, levels, kind == 2, bool(low & 2))
+        found = _Context(high >> 8 & 0xFFFF, low & ADDRESS, levels, kind == 2, bool(low & 2))
         self._contexts[source] = found
         if len(self._contexts) > _CONTEXTS:
             self._contexts.popitem(last=False)
@@ -187,23 +200,28 @@ class Iommu:
             entry = self._entry(f"level {level}", table + (address >> shift & 511) * 8)
             if entry is None:
                 return DmaFault.TABLE_ACCESS
-            rights &= entry
-            size = 1 << shift
-            if not rights:
+            if not entry & (READ | WRITE):
                 return _Page(0, PAGE, 0)
-            if level == 1 or (entry & LARGE and level < 4):
-                if entry & _ADDRESS & size - 1:
-                    return DmaFault.TABLE_RESERVED
-                return _Page(entry & _ADDRESS, size, rights)
-            if entry & LARGE:
+            if _malformed(entry, level):
                 return DmaFault.TABLE_RESERVED
-            table = entry & _ADDRESS
+            rights &= entry
+            if level == 1 or entry & LARGE_PAGE:
+                return _Page(entry & ADDRESS, 1 << shift, rights)
+            table = entry & ADDRESS
         raise AssertionError("the last level returns")
 
+    def _pair(self, table: str, address: int) -> tuple[int, int] | None:
+        """An entry of two words, read at once."""
+        found = self._read(table, address, 16)
+        return None if found is None else (found & 2**64 - 1, found >> 64)
+
     def _entry(self, table: str, address: int) -> int | None:
+        return self._read(table, address, 8)
+
+    def _read(self, table: str, address: int, size: int) -> int | None:
         self.statistics.references += 1
         try:
-            value = self._memory.read_u64(address)
+            value = int.from_bytes(self._memory.read(address, size), "little")
         except MemoryFault:
             return None
         if self.on_entry:
@@ -249,50 +267,62 @@ class Iommu:
                 del self._pages[key]
 
 
+def _reserved(entry: tuple[int, int], masks: tuple[int, int]) -> bool:
+    return bool(entry[0] & masks[0] or entry[1] & masks[1])
+
+
+def _malformed(entry: int, level: int) -> bool:
+    """Whether bits are set that have to be clear in a second-level entry that is present (§9.8)."""
+    if level == 4 and entry & LARGE_PAGE:
+        return True  # no page of 512 GiB
+    large = level > 1 and entry & LARGE_PAGE
+    low = bits(11 + 9 * (level - 1), 12) if large else 0
+    return bool(entry & (_ENTRY_RESERVED | low))
+
+
 class Tables:
     """What the host's driver does: root, context and second-level tables in frames of their own."""
 
     def __init__(self, memory: PhysicalMemory) -> None:
         self._memory = memory
         self.root = memory.allocate()
+        self._trees: dict[int, TableTree] = {}
 
     def domain(self) -> int:
         """An empty second-level table."""
-        return self._memory.allocate()
+        tree = TableTree(self._memory, present=READ | WRITE, table=READ | WRITE)
+        self._trees[tree.root] = tree
+        return tree.root
 
     def assign(self, source: int, domain: int, table: int) -> None:
         """Give a device to a domain; 4 levels, 48 bits."""
         at = self.root + (source >> 8) * 16
         if not self._memory.read_u64(at) & PRESENT:
             self._memory.write_u64(at, self._memory.allocate() | PRESENT)
-        entry = (self._memory.read_u64(at) & _ADDRESS) + (source & 0xFF) * 16
+        entry = (self._memory.read_u64(at) & ADDRESS) + (source & 0xFF) * 16
         self._memory.write_u64(entry + 8, domain << 8 | 2)
         self._memory.write_u64(entry, table | PRESENT)
 
     def remove(self, source: int) -> None:
         at = self._memory.read_u64(self.root + (source >> 8) * 16)
         if at & PRESENT:
-            self._memory.write_u64((at & _ADDRESS) + (source & 0xFF) * 16, 0)
+            self._memory.write_u64((at & ADDRESS) + (source & 0xFF) * 16, 0)
 
     def map(
         self, table: int, address: int, hpa: int, size: int, rights: int = READ | WRITE
     ) -> None:
-        """Map whole pages; the largest that both addresses are aligned for. ``rights`` 0 takes them away."""
+        """Map whole pages where none are, the largest that both addresses are aligned for."""
         end = address + size
         while address < end:
-            level = next(
-                level
-                for level in (3, 2, 1)
-                if not (address | hpa) % (step := PAGE << 9 * (level - 1)) and end - address >= step
+            shift = next(
+                shift
+                for shift in PAGE_SHIFTS
+                if not (address | hpa) % (step := 1 << shift) and end - address >= step
             )
-            self._set(table, address, level, hpa | rights | (LARGE if level > 1 else 0))
+            if not self._trees[table].place(address, hpa, rights, shift):
+                raise ValueError(f"there is a page at {address:#x}: unmap it first")
             address, hpa = address + step, hpa + step
 
-    def _set(self, table: int, address: int, level: int, entry: int) -> None:
-        for above in range(4, level, -1):
-            at = table + (address >> 12 + 9 * (above - 1) & 511) * 8
-            if not self._memory.read_u64(at) & (READ | WRITE):
-                self._memory.write_u64(at, self._memory.allocate() | READ | WRITE)
-            table = self._memory.read_u64(at) & _ADDRESS
-        at = table + (address >> 12 + 9 * (level - 1) & 511) * 8
-        self._memory.write_u64(at, entry if entry & (READ | WRITE) else 0)
+    def unmap(self, table: int, address: int, size: int) -> None:
+        """Then invalidate, before the memory is somebody else's."""
+        self._trees[table].clear(address, address + size)

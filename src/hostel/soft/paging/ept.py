@@ -27,13 +27,12 @@ from .nested import (
     EPTP_WRITE_BACK,
     EXECUTE,
     FINAL,
-    LARGE_PAGE,
     READ,
     RIGHTS,
-    SHIFTS,
     WRITE,
     WRITE_BACK,
 )
+from .tree import PAGE_SHIFTS, TableTree
 from .virtualizer import (
     RETRY,
     Do,
@@ -45,10 +44,7 @@ from .virtualizer import (
     Setup,
     Verdict,
 )
-from .walk import ADDRESS, PRESENT, USER, WRITABLE, asked, mark, walk
-
-_PAGE_SHIFTS = (30, 21, 12)
-"""Sizes of pages, largest first."""
+from .walk import PRESENT, USER, WRITABLE, asked, mark, walk
 
 
 class _Shape(NamedTuple):
@@ -80,11 +76,12 @@ class EptPaging:
         self.physical = physical
         self.guest_map = guest_map
         self.statistics = PagingStatistics()
-        self.root = physical.allocate()
-        self.statistics.frames = 1
-        self.vcpus: list[EptVcpu] = []
         self._shape = _NPT if npt else _EPT
-        self._page_shifts = _PAGE_SHIFTS if large_pages else (12,)
+        self._tree = TableTree(physical, present=self._shape.present, table=self._shape.table)
+        self.root = self._tree.root
+        self.statistics.frames = self._tree.frames
+        self.vcpus: list[EptVcpu] = []
+        self._page_shifts = PAGE_SHIFTS if large_pages else (12,)
         attributes = EPTP_WRITE_BACK | EPTP_FOUR_LEVELS | EPTP_ACCESSED_DIRTY * accessed_dirty
         self.pointer = self.root if npt else self.root | attributes
         guest_map.on_remove.append(self._forget)
@@ -96,7 +93,8 @@ class EptPaging:
 
     def close(self) -> None:
         self.guest_map.on_remove.remove(self._forget)
-        self._free(self.root, 0)
+        self._tree.free()
+        self.statistics.frames = 0
         self.vcpus.clear()
 
     # --- Tables ---
@@ -104,65 +102,18 @@ class EptPaging:
     def fill(self, gpa: int, slot: Slot) -> None:
         """Map the page of a GPA, as large as the slot, the alignment and what is there let it be."""
         bits = self._shape.read_only if slot.read_only else self._shape.page
-        table = self.root
-        for shift in SHIFTS:
-            entry = table + (gpa >> shift & 511) * 8
-            value = self.physical.read_u64(entry)
-            if value & self._shape.present:
-                if shift == 12 or value & LARGE_PAGE:
-                    return  # another vCPU was here first
-                table = value & ADDRESS
-            elif shift in self._page_shifts and _fits(slot, gpa, 1 << shift):
-                page = (gpa & -(1 << shift)) - slot.gpa + slot.hpa
-                large = LARGE_PAGE if shift > 12 else 0
-                self.physical.write_u64(entry, page | bits | large)
-                self.statistics.fills += 1
-                return
-            else:
-                table = self._add_table(entry)
-
-    def _add_table(self, entry: int) -> int:
-        table = self.physical.allocate()
-        self.statistics.frames += 1
-        self.physical.write_u64(entry, table | self._shape.table)
-        return table
+        shift = next(shift for shift in self._page_shifts if _fits(slot, gpa, 1 << shift))
+        if self._tree.place(gpa, gpa - slot.gpa + slot.hpa, bits, shift):  # else another vCPU did
+            self.statistics.fills += 1
+            self.statistics.frames = self._tree.frames
 
     def _forget(self, slot: Slot) -> None:
-        """The slot is gone: no entry may lead to it, no TLB may hold one that did."""
-        self._unmap(self.root, 0, 0, slot)
+        """The slot is gone: no entry may lead to it, no TLB may hold one that did. Pages never cross a
+        slot's ends."""
+        self.statistics.zapped += self._tree.clear(slot.gpa, slot.end)
+        self.statistics.frames = self._tree.frames
         for vcpu in self.vcpus:
             vcpu.flushes.all(Scope.EPT)
-
-    def _unmap(self, table: int, depth: int, base: int, slot: Slot) -> None:
-        """Pages never cross a slot's ends, so an entry's page is all of the slot or not at all."""
-        size = 1 << SHIFTS[depth]
-        for index in range(512):
-            start = base + index * size
-            if start >= slot.end or start + size <= slot.gpa:
-                continue
-            entry = table + index * 8
-            value = self.physical.read_u64(entry)
-            if not value & self._shape.present:
-                continue
-            if depth < 3 and not value & LARGE_PAGE:
-                self._unmap(value & ADDRESS, depth + 1, start, slot)
-                if any(self.physical.view(value & ADDRESS, 4096)):
-                    continue
-                self._release(value & ADDRESS)
-            else:
-                self.statistics.zapped += 1
-            self.physical.write_u64(entry, 0)
-
-    def _free(self, table: int, depth: int) -> None:
-        for index in range(512 if depth < 3 else 0):
-            value = self.physical.read_u64(table + index * 8)
-            if value & self._shape.present and not value & LARGE_PAGE:
-                self._free(value & ADDRESS, depth + 1)
-        self._release(table)
-
-    def _release(self, table: int) -> None:
-        self.physical.free(table)
-        self.statistics.frames -= 1
 
 
 def _fits(slot: Slot, gpa: int, size: int) -> bool:

@@ -20,12 +20,12 @@ from hostel.errors import MemoryFault
 from hostel.soft.physical import PhysicalMemory
 from hostel.soft.silicon import Access, Controls, EptFault, Reason, Secondary
 
+from .tree import LARGE_PAGE, SHIFTS
 from .walk import ADDRESS, PHYSICAL_BITS, Step, TableMemory, bits, pointers
 
 READ, WRITE, EXECUTE = 1, 2, 4
 RIGHTS = READ | WRITE | EXECUTE
 WRITE_BACK = 6 << 3
-LARGE_PAGE = 1 << 7
 EPT_ACCESSED, EPT_DIRTY = 1 << 8, 1 << 9
 EPTP_FOUR_LEVELS = 3 << 3
 EPTP_WRITE_BACK = 6
@@ -35,7 +35,6 @@ LINEAR_VALID, FINAL = 1 << 7, 1 << 8
 """Exit qualification of a violation (SDM vol. 3C table 27-7): there is a linear address; the access was
 to what it translates to, as opposed to a guest table entry on the way."""
 
-SHIFTS = (39, 30, 21, 12)
 _ABOVE = bits(51, PHYSICAL_BITS)
 _LEVELS = (
     (4, 39, _ABOVE | bits(6, 3)),
