@@ -7,7 +7,8 @@ from types import TracebackType
 from guests.tiny import Bits, assemble
 from hostel.memory import GuestMemory
 from hostel.soft.core.svm import SvmCore
-from hostel.soft.paging.nested import EPTP_FOUR_LEVELS, EPTP_WRITE_BACK, LARGE_PAGE, WRITE_BACK
+from hostel.soft.paging.nested import EPTP_FOUR_LEVELS, EPTP_WRITE_BACK, WRITE_BACK
+from hostel.soft.paging.tree import LARGE_PAGE
 from hostel.soft.physical import PhysicalMemory
 from hostel.soft.silicon import Controls, Event, Primary, Secondary, VmExit
 from hostel.soft.state import (

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from hostel.soft.paging.mmu import WalkTrace
-from hostel.soft.paging.nested import FINAL, LINEAR_VALID, SHIFTS
+from hostel.soft.paging.nested import FINAL, LINEAR_VALID
 from hostel.soft.paging.tlb import Invept, Invvpid
+from hostel.soft.paging.tree import SHIFTS
 from hostel.soft.paging.virtualizer import Registers
 from hostel.soft.silicon import Access, EptFault, PageFault, Reason, Translation
 from hostel.soft.state import CR0_PE, CR0_PG, CR0_WP, CR4_PAE, CR4_PGE, CR4_SMAP, EFER_LME
