@@ -62,12 +62,6 @@ def parse_size(text: str) -> int:
     return int(match[1]) << _SHIFT[match[2].upper()]
 
 
-def size_text(size: int) -> str:
-    """As a person would write it: in the largest unit that it is a whole number of."""
-    unit = next((unit for unit in "TGMK" if size and not size % (1 << _SHIFT[unit])), "")
-    return f"{size >> _SHIFT[unit]}{unit or ' bytes'}"
-
-
 class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     pass
 
@@ -352,10 +346,8 @@ class MachineSpec(_Part, frozen=True):
         if not 1 <= self.cpus <= MAX_CPUS:
             raise SpecError(f"cpus must be 1 to {MAX_CPUS}, not {self.cpus}")
         if self.memory < MIN_MEMORY:
-            raise SpecError(
-                f"memory must be at least {size_text(MIN_MEMORY)}, not {size_text(self.memory)}",
-                cure="a number alone is bytes: write such as 512M" if self.memory % 1024 else "",
-            )
+            least = f"{MIN_MEMORY} bytes ({MIN_MEMORY >> 20}M)"
+            raise SpecError(f"memory must be at least {least}, not {self.memory}")
         if self.soft and self.engine != "soft":
             raise SpecError(
                 "paging, trap, record, replay and trace are words of engine soft",

@@ -106,8 +106,7 @@ USAGE = [
     (["run", "--cpus", "0", "true"], "cpus must be 1 to 32, not 0"),
     (["run", "--cpus", "33", "true"], "cpus must be 1 to 32, not 33"),
     (["run", "-m", "lots", "true"], "not a size: 'lots'"),
-    (["run", "-m", "1K", "true"], "memory must be at least 32M, not 1K"),
-    (["run", "-m", "512", "true"], "not 512 bytes; a number alone is bytes: write such as 512M"),
+    (["run", "-m", "1K", "true"], "memory must be at least 33554432 bytes (32M), not 1024"),
     (["run", "--engine", "soft", "true"], "not for Linux"),
     (["boot", "--engine", "soft"], "engine soft has no kernel of its own"),
     (
