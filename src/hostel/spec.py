@@ -346,8 +346,7 @@ class MachineSpec(_Part, frozen=True):
         if not 1 <= self.cpus <= MAX_CPUS:
             raise SpecError(f"cpus must be 1 to {MAX_CPUS}, not {self.cpus}")
         if self.memory < MIN_MEMORY:
-            least = f"{MIN_MEMORY} bytes ({MIN_MEMORY >> 20}M)"
-            raise SpecError(f"memory must be at least {least}, not {self.memory}")
+            raise SpecError(f"memory must be at least {MIN_MEMORY} bytes (32M), not {self.memory}")
         if self.soft and self.engine != "soft":
             raise SpecError(
                 "paging, trap, record, replay and trace are words of engine soft",
