@@ -124,8 +124,12 @@ class Irqchip:
 
     @property
     def deadline(self) -> int | None:
-        times = [one.deadline for one in self.lapics.values()]
-        return min((time for time in [*times, self.pit.deadline] if time is not None), default=None)
+        soonest = self.pit.deadline
+        for one in self.lapics.values():
+            time = one.deadline
+            if time is not None and (soonest is None or time < soonest):
+                soonest = time
+        return soonest
 
     def fire(self, now: int) -> None:
         """All timers that are due."""

@@ -36,6 +36,8 @@ class Chip:
     @property
     def asking(self) -> int | None:
         """The pin that would interrupt now, by priority; lower ones wait for its EOI."""
+        if not self.irr & ~self.mask:
+            return None
         for step in range(1, 9):
             pin = self._lowest + step & 7
             bit = 1 << pin

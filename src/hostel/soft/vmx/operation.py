@@ -250,7 +250,7 @@ class VmxOperation:
                 raise VmxMisuse(f"{name}: pCPU {self.id} is in non-root mode: the guest runs")
             self._fault(name, UD, "the processor is not in VMX operation")
         self._check_mode(name)
-        if self.state.cpl:
+        if self.state.ss.dpl:  # which is the CPL, in protected mode
             self._fault(name, GP, "CPL is not 0")
 
     def _check_mode(self, name: str) -> None:
