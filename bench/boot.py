@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import compileall
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -28,10 +29,13 @@ from _common import interleave, report, rows
 from _guest import DEADLINE, MARKER, at_user_space, build_init
 
 import hostel
+from hostel.memory import HUGE_PAGE
 
 APPEND = "quiet 8250.nr_uarts=1 pci=noearly pmtmr=0"
 CMDLINE = f"console=ttyS0 panic=-1 cryptomgr.notests {APPEND}"
 TRACING = Path("/sys/kernel/tracing")
+RECYCLED = 512 << 20
+"""Bytes: several times what a run uses, for the kernel hands out first what was given back last."""
 EVENTS = ("kvm_exit", "kvm_userspace_exit")
 
 
@@ -40,6 +44,25 @@ def first_line(argv: list[str]) -> float:
     start = time.perf_counter()
     with at_user_space(argv):
         return time.perf_counter() - start
+
+
+def forget_code() -> None:
+    """Write the memory that the last guest gave back, before a run and outside its time.
+
+    The testbed's emulator keeps what it translated with the memory it was translated from, and drops it when
+    that is written: up to 0.8 s for the 2 MiB in which a guest's kernel lay. The next to be given those pages
+    would pay for it, hostel or QEMU, in whatever thread: by chance. Hardware has nothing of the kind.
+    """
+    if os.environ.get("HOSTEL_TESTBED"):
+        with mmap.mmap(-1, RECYCLED, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            for offset in range(0, RECYCLED, HUGE_PAGE):
+                memory[offset] = 1
+
+
+def timed(argv: list[str]) -> float:
+    forget_code()
+    return first_line(argv)
 
 
 def counted(argv: list[str]) -> dict[str, int] | None:
@@ -174,8 +197,9 @@ def main() -> None:
     runs = int(os.environ.get("BENCH_RUNS", "5"))
     with Files() as files:
         argvs = commands(files)
-        timed = {name: partial(first_line, argv) for name, argv in argvs.items()}
-        table = rows(interleave(timed, runs), unit="s")
+        table = rows(
+            interleave({name: partial(timed, argv) for name, argv in argvs.items()}, runs), unit="s"
+        )
         peer = min(table[name]["median"] for name in argvs if name != "hostel")
         report(
             "boot",

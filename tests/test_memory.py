@@ -236,6 +236,23 @@ def test_a_file_shared_with_the_kernel_goes_with_its_last_view(tmp_path: Path) -
     assert str(path) not in Path("/proc/self/maps").read_text()
 
 
+def test_populated_pages_are_the_hosts_and_hold_what_they_held() -> None:
+    with GuestMemory(16 << 20, low_end=8 << 20) as memory:
+        memory.write(4 << 20, b"kept")
+        if not memory.populate(4 << 20, PAGE):
+            pytest.skip("the host's kernel cannot populate memory (before Linux 5.14)")
+        before = memory.allocated
+        assert memory.populate((6 << 20) - 1, (2 << 20) + 1)
+        assert memory.populate(1 << 32, 8 << 20)
+        assert memory.allocated >= before + (10 << 20)
+        assert memory.read(4 << 20, 5) == b"kept\0"
+        assert memory.populate(PAGE, 0)
+        with pytest.raises(MemoryFault):
+            memory.populate((8 << 20) - PAGE, 2 * PAGE)
+    with pytest.raises(MachineStopped):
+        memory.populate(0, PAGE)
+
+
 def test_discarded_pages_are_zeros_and_no_longer_the_hosts() -> None:
     with GuestMemory(8 << 20, low_end=4 << 20) as memory:
         for page in range(1024):

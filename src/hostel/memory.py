@@ -41,7 +41,7 @@ HUGE_PAGE = 2 << 20
 
 _PROT_NONE, _PROT_READ_WRITE = 0, 3
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 1, 2, 0x10, 0x20, 0x4000
-_MADV_HUGEPAGE, _MADV_DONTDUMP = 14, 16
+_MADV_HUGEPAGE, _MADV_DONTDUMP, _MADV_POPULATE_WRITE = 14, 16, 23
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _MAP_FAILED = 2**64 - 1
 _FSOPEN, _FSCONFIG, _FSMOUNT = (
@@ -190,6 +190,16 @@ class GuestMemory:
     def allocated(self) -> int:
         """Bytes of the host's memory behind it: what was touched and not discarded."""
         return os.fstat(self.fd).st_blocks * 512
+
+    def populate(self, gpa: int, size: int) -> bool:
+        """Have the host make these pages now, and not when the guest touches them. What they hold stays.
+
+        False where it does not: a kernel before 5.14, or no memory left. Then the guest's touch makes them.
+        """
+        view = self.view(gpa, size)  # keeps the mapping while we are in the kernel
+        start = ctypes.addressof(ctypes.c_char.from_buffer(view)) if size else 0
+        first = start // PAGE * PAGE
+        return not _libc.madvise(first, start + size - first, _MADV_POPULATE_WRITE)
 
     def discard(self, buffers: Iterable[memoryview]) -> int:
         """Give these views' bytes back to the host, as far as they are whole pages; how many that were.

@@ -14,7 +14,7 @@ from hostel.abi import boot as abi
 from hostel.abi import kvm
 from hostel.boot.e820 import memory_map
 from hostel.boot.entry import EntryState, initial_regs, initial_sregs
-from hostel.boot.load import load_kernel
+from hostel.boot.load import KernelLoad, load_kernel
 from hostel.errors import ImageError, SpecError
 from hostel.memory import GuestMemory, Region
 from hostel.vmm import layout
@@ -100,6 +100,33 @@ def test_each_boot_has_a_seed_of_its_own(memory: GuestMemory, kernel: Path) -> N
         seeds.add(memory.read(address + 16, 32))
     assert len(seeds) == 2
     assert bytes(32) not in seeds
+
+
+def test_what_linux_will_touch_is_memory_behind_and_between_its_files(
+    memory: GuestMemory, kernel: Path
+) -> None:
+    with KernelLoad(memory, kernel) as load:
+        ranges = [span for span in load.expect() if span[1]]
+    assert ranges[:2] == [(MIB + 4, 2 * MIB - 4), (5 * MIB + 4, 60)]
+    assert ranges[2] == (32 * MIB - ranges[2][1], 4 * MIB + 32 * MIB // 64)
+    assert ranges[3] == (5 * MIB + 64, 24 * MIB)
+    for start, size in ranges:
+        memory.view(start, size)
+
+
+def test_what_linux_will_touch_ends_with_memory(kernel: Path) -> None:
+    with GuestMemory(6 * MIB) as small, KernelLoad(small, kernel) as load:
+        for start, size in load.expect():
+            small.view(start, size)
+    with GuestMemory(layout.LOW_RAM_END + 2 * MIB) as large, KernelLoad(large, kernel) as load:
+        assert (4 * GIB, 2 * MIB) in list(load.expect())
+
+
+def test_of_other_kernels_nothing_is_expected(memory: GuestMemory, tmp_path: Path) -> None:
+    path = tmp_path / "sector"
+    path.write_bytes(bytes(510) + b"\x55\xaa")
+    with KernelLoad(memory, path) as load:
+        assert list(load.expect()) == []
 
 
 # --- what does not fit -----------------------------------------------------------------------------------

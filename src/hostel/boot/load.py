@@ -4,9 +4,11 @@
 
     copy    1 MiB and up   the kernel's segments, from file to guest memory
             low RAM        the initrd: as high as the kernel allows, or behind it (multiboot)
+    expect  what no file fills but Linux touches while it starts: pages, no contents
     inform  below 640 KiB  command line, start information, memory map, GDT, page tables   (vmm/layout.py)
 
-``copy`` takes nearly all the time and nearly no Python: it may be another thread's (``monitor/loading.py``).
+``copy`` and ``expect`` take nearly all the time and nearly no Python: they may be another thread's
+(``monitor/loading.py``).
 
 What no file fills (bss) must be zero. New memory is, and is then not touched; memory that a machine
 had before a reset is made so.
@@ -31,7 +33,13 @@ from .image import KernelImage, open_kernel
 from .source import Source
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from .entry import EntryState
+
+LINUX_TABLES = 4 << 20
+LINUX_FIRST_PAGES = 24 << 20
+"""What Debian's kernel touches on its way to user space, measured with 256 MiB to 2 GiB of memory."""
 
 
 _SEED_SIZE = 32
@@ -78,6 +86,23 @@ class KernelLoad:
         if self._initrd is not None:
             source, address = self._initrd
             source.copy(0, source.size, self._memory, address)
+
+    def expect(self) -> Iterator[tuple[int, int]]:
+        """What this kernel will touch while it starts, as ranges in about that order: address, size.
+
+        Linux clears its bss; what it then allocates comes from the top of memory (``memblock``: the memory
+        map, a 64th of all there is, and tables), and from right behind itself once its page allocator is up.
+        Other kernels are not known so well.
+        """
+        if self._kernel.protocol != "linux":
+            return
+        for segment in self._kernel.segments:
+            yield segment.paddr + segment.filesz, segment.memsz - segment.filesz
+        last = self._memory.regions[-1]
+        top = min(last.size, self._memory.size // 64 + LINUX_TABLES)
+        yield last.gpa + last.size - top, top
+        end = self._kernel.end
+        yield end, max(0, min(LINUX_FIRST_PAGES, self._memory.regions[0].size - end))
 
     def inform(self) -> EntryState:
         """Write what the kernel is told; how the first vCPU must enter it (``EntryState.apply``)."""

@@ -3,6 +3,9 @@
 Copying tens of megabytes needs no Python: a thread does it, and meanwhile the modules of the board are
 imported and the VM is created. What does need Python is done by the caller's thread, before and after: two
 threads that both want the interpreter take turns of milliseconds.
+
+The same thread then stays ahead of the guest: it has the host make the pages that the kernel is about to
+touch. Each would otherwise stop a vCPU for as long as it takes to clear a huge page.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from hostel.boot.load import KernelLoad
-from hostel.memory import GuestMemory
+from hostel.memory import HUGE_PAGE, GuestMemory
 from hostel.plan import Plan
 from hostel.vmm import layout
 
@@ -46,13 +49,15 @@ class Loading:
         except BaseException:
             self._undo.close()
             raise
-        self._thread = threading.Thread(target=self._copy, name="hostel-load", daemon=True)
+        self._copied = threading.Event()
+        self._cancelled = False
+        self._thread = threading.Thread(target=self._work, name="hostel-load", daemon=True)
         self._thread.start()
 
     def entry(self) -> EntryState:
         """How the first vCPU enters the kernel, once it is there. Raises what loading it raised."""
         entry = self._load.inform()
-        self._thread.join()
+        self._copied.wait()
         if self._error is not None:
             raise self._error
         self._load.close()
@@ -61,6 +66,7 @@ class Loading:
 
     def cancel(self) -> None:
         """Idempotent."""
+        self._cancelled = True
         self._thread.join()
         self._undo.close()
 
@@ -71,8 +77,16 @@ class Loading:
         if not self._entered:
             self.cancel()
 
-    def _copy(self) -> None:
+    def _work(self) -> None:
         try:
             self._load.copy()
         except BaseException as error:
             self._error = error
+            return
+        finally:
+            self._copied.set()
+        for start, size in self._load.expect():
+            for page in range(start, start + size, HUGE_PAGE):
+                piece = min(HUGE_PAGE, start + size - page)
+                if self._cancelled or not self.memory.populate(page, piece):
+                    return
