@@ -26,6 +26,9 @@ def main() -> int:
     gc.set_threshold(50_000)  # importing makes no garbage: looking for it is a tenth of the start
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from .lean import import_packages
+
+    import_packages()
     from .entry import command_line
 
     return command_line(sys.argv[1:])

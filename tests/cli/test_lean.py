@@ -1,0 +1,72 @@
+"""Stand-ins for modules that click and msgspec import: unseen by others, and the real thing when used."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import platform
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from hostel.cli.lean import Later, import_packages
+
+
+def python(program: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", f"from hostel.cli.lean import import_packages as lean\n{program}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"COLUMNS": "80"},
+    )
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_a_stand_in_is_the_module_when_it_is_used() -> None:
+    later = Later("textwrap", dedent="ours")
+    assert later.dedent == "ours"
+    assert later.indent is textwrap.indent
+    for missing in ("no_such_name", "__path__"):
+        with pytest.raises(AttributeError):
+            getattr(later, missing)
+
+
+def test_nobody_else_sees_one() -> None:
+    names = "inspect", "textwrap", "platform", "gettext", "urllib.parse"
+    program = f"lean()\nimport sys, {', '.join(names)}\n"
+    program += f"print(*[type(sys.modules[name]).__name__ for name in {names}])"
+    assert python(program).split() == ["module"] * 5
+
+
+def test_modules_that_are_there_stay() -> None:
+    import_packages()
+    assert sys.modules["inspect"] is inspect
+    assert sys.modules["platform"] is platform
+
+
+def test_click_and_msgspec_work_with_them() -> None:
+    program = """
+lean()
+import click, msgspec, pathlib, uuid
+@click.command()
+@click.option("--name", help="  One line.")
+@click.option("--long", help='''Two
+    lines.''')
+def command(name, long):
+    '''What it does,
+    in two lines.'''
+command.main(["--help"], standalone_mode=False)
+try:
+    command.main(["--nam", "x"], standalone_mode=False)
+except click.NoSuchOption as error:
+    print(error.format_message())
+print(msgspec.json.schema(dict[str, int])["type"], uuid.uuid4().version, msgspec.json.decode(b"[1]"))
+print(pathlib.Path("/a b").as_uri())
+"""
+    plain = python(program.replace("lean()\n", ""))
+    assert "One line." in plain
+    assert python(program) == plain
