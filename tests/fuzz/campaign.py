@@ -2,7 +2,8 @@
 
 Guided by coverage where atheris can be had (a wheel exists for CPython 3.11 and a few later ones), else by
 chance alone, which is said. What is found to be new stays in the cache, beside the repository's corpus; a
-finding ends the campaign, and its input is kept there too. ``wire`` is the agent's C code (``wire.c``).
+finding ends the campaign, and its input is kept there too. ``wire`` and ``dhcp`` are C code
+of the agent (``engine.c``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fuzz.mutate import CORPUS, corpus, mutations
+from fuzz.wire import TARGETS, build
 from hostel import cache
 
 TOP = Path(__file__).resolve().parent.parent.parent
@@ -27,10 +29,8 @@ def main(name: str, seconds: int) -> int:
     found = cache.home() / "fuzz" / name
     found.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="hostel-fuzz-") as folder:
-        if name == "wire":
-            from fuzz.wire import build
-
-            command = [str(build(Path(folder))), str(seconds), str(found), str(CORPUS / name)]
+        if name in TARGETS:
+            command = [str(build(Path(folder), name)), str(seconds), str(found), str(CORPUS / name)]
         else:
             command = [sys.executable, __file__, "--campaign", name, str(seconds), folder]
         status = subprocess.run(command, cwd=found, check=False).returncode

@@ -14,6 +14,7 @@ import pytest
 
 from fuzz.mutate import CORPUS, corpus, mutations
 from fuzz.targets import NAMES, make
+from fuzz.wire import TARGETS, build
 
 RUNS = {"queue": 5000}
 USUAL_RUNS = 800
@@ -35,19 +36,18 @@ def test_corpus_and_mutations(name: str, tmp_path: Path) -> None:
 
 
 def test_every_corpus_has_a_target() -> None:
-    assert {path.name for path in CORPUS.iterdir()} == {*NAMES, "wire"}
+    assert {path.name for path in CORPUS.iterdir()} == {*NAMES, *TARGETS}
     size = sum(path.stat().st_size for path in CORPUS.rglob("*") if path.is_file())
     assert size < 300_000, "a corpus is small"
 
 
-def test_the_agents_wire_format(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_the_agent_reads(name: str, tmp_path: Path) -> None:
     if shutil.which("gcc") is None:
         pytest.skip("no gcc")
-    from fuzz.wire import build
-
-    program = build(tmp_path)
+    program = build(tmp_path, name)
     result = subprocess.run(
-        [program, "20000", CORPUS / "wire"], capture_output=True, text=True, check=False
+        [program, "20000", CORPUS / name], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("20000 runs")
