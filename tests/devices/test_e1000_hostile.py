@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from devices.e1000_driver import DATA, LAST, RING, RX_RING, TX_BUFFERS, CardDriver
+from devices.e1000_driver import DATA, LAST, RING, RX_RING, TX_BUFFERS, TX_RING, CardDriver
 from hostel.abi import e1000 as abi
 from hostel.virtio.net_port import LENGTH, StreamPort
+from hostel.virtio.rng import Rng
 from virtio.netns import GUEST_MAC, HOST_MAC, frame
 from virtio.rig import MEMORY, Rig, eventually
 
@@ -222,6 +223,47 @@ def test_rings_of_no_descriptors(pair: Pair) -> None:
         card.set(first + 0x18, 3)
     pair.offer(frame(b"nowhere to go"))
     assert not eventually(lambda: bool(card.faults), 0.1)
+    assert pair.works()
+
+
+@pytest.mark.parametrize("length", [1, 15, 17, 127, 129, 0xF_FFFF, 0xFFFF_FFFF])
+def test_rings_of_odd_lengths(pair: Pair, length: int) -> None:
+    """Longer than memory, or no multiple of anything: the card uses what there is of it, or stops."""
+    card = pair.driver
+    for first in (abi.RDBAL, abi.TDBAL):
+        card.set(first + 8, length)
+    for tail in (1, RING, 0xFFFF, 0xFFFF_FFFF):
+        card.set(abi.RDT, tail)
+        card.set(abi.TDT, tail)
+        pair.offer(frame(b"for somewhere"))
+    assert card.get(abi.STATUS)
+    assert pair.works()
+
+
+def test_a_ring_of_everything_starves_nobody(pair: Pair, rig: Rig) -> None:
+    """All of memory as one ring that never ends: others have their turns, and a reset is the end of it."""
+    card = pair.driver
+    bystander = rig.on_pci(Rng(rig.loop))
+    bystander.start(base=0x80_0000)
+    card.memory.write(TX_RING, abi.TX_CONTEXT.pack(*[0] * 6, abi.TX_CMD_DEXT, 0, 0, 0) * 4096)
+    card.set(abi.TDLEN, 16 * 4096)
+    for _ in range(8):
+        card.set(abi.TDT, (card.get(abi.TDH) - 1) % 4096)
+        assert bystander.request(0, [], [32]).written == 32
+    assert pair.works()
+
+
+@pytest.mark.parametrize("done", range(4))
+def test_a_reset_in_the_middle_of_a_frame(pair: Pair, done: int) -> None:
+    """After the context, the first piece, the second, or all but the last: nothing of it is sent later."""
+    card = pair.driver
+    bits = abi.TX_CONTEXT_TCP | abi.TX_CONTEXT_IPV4
+    card.context((14, 24, 34, 50), hdrlen=54, mss=100, bits=bits)
+    for _ in range(done):
+        card.piece(bytes(700), DATA | abi.TX_CMD_TSE, 3)
+    card.kick()
+    card.set(abi.CTRL, abi.CTRL_RST)
+    assert not card.card.transmitter._pieces
     assert pair.works()
 
 

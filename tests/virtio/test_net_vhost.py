@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -154,6 +155,22 @@ def test_a_bad_descriptor_is_the_devices_fault(rig: Rig, net: Namespace, index: 
         offer(driver, 8)
         assert driver.wait(RX)[0].data[HEADER:] == frame(b"early"), "it waited in the tap"
         exchange(driver, wire, b"well again")
+
+
+def test_an_error_from_before_a_reset(rig: Rig, net: Namespace) -> None:
+    """That nobody had read yet: it is not the fault of the driver that starts then."""
+    driver = seat(rig, net)
+    with raw_socket(net) as wire:
+        for turn in range(10):
+            driver.start()
+            driver.queues[TX].set_descriptor(0, 1 << 45, 2048)
+            driver.queues[TX].offer(0)
+            driver.kick(TX)
+            time.sleep(turn / 2000)
+            driver.set_status(0)
+            driver.start()
+            offer(driver, 4)
+            exchange(driver, wire, f"turn {turn}".encode())
 
 
 def test_a_ring_outside_memory(rig: Rig, net: Namespace) -> None:

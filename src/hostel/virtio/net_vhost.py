@@ -29,7 +29,7 @@ from hostel.vmm.loop import EventLoop
 from .device import RING_FEATURES, QueueWiring
 from .net_plane import Filter, unheard
 from .net_port import NetPort
-from .vhost import Vhost
+from .vhost import Vhost, forget
 
 DEVICE = "/dev/vhost-net"
 RX, TX = 0, 1
@@ -145,6 +145,7 @@ class VhostPlane:
             positions |= pair.tear_down(self._memory)
             for fd in pair.errors:
                 self._loop.remove(fd)
+                forget(fd)  # what nobody has read yet is not the next driver's
         stopped = [positions.get(wiring.index, (0, 0)) for wiring in self._wirings]
         self._memory, self._wirings = None, ()
         return stopped
@@ -191,7 +192,8 @@ class VhostPlane:
                 pair.port.attach(False)
 
     def _broken(self, fd: int, index: int) -> None:
-        os.eventfd_read(fd)
+        if not forget(fd):
+            return  # stopped meanwhile
         kind = "transmit" if index % 2 else "receive"
         self.on_fault(
             QueueError(

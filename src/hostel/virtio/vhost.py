@@ -16,6 +16,7 @@ table. A ring that breaks the rules signals its error eventfd, and the worker le
 
 from __future__ import annotations
 
+import contextlib
 import os
 from fcntl import ioctl
 
@@ -30,6 +31,13 @@ CURES = {
     "/dev/vhost-net": "modprobe vhost_net (as root)",
     "/dev/vhost-vsock": "modprobe vhost_vsock (as root)",
 }
+
+
+def forget(error: int) -> bool:
+    """Take what a ring's error eventfd holds; whether that was anything."""
+    with contextlib.suppress(BlockingIOError):
+        return bool(os.eventfd_read(error))
+    return False
 
 
 class Vhost:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hostel.abi import vhost_user as abi
@@ -227,25 +227,32 @@ class VhostUserDevice(VirtioDevice):
         name: str,
         queue_sizes: tuple[int, ...],
         device_features: int = 0,
+        again: Callable[[], socket.socket] | None = None,
     ) -> None:
-        """``device_features``: bits of this device that we understand, if the backend has them."""
+        """``device_features``: bits of this device that we understand, if the backend has them. ``again``
+        connects to a backend that lives on when it has hung up on a guest that breaks the rules."""
         super().__init__()
         self.name = name
         self.queue_sizes = queue_sizes
-        self.frontend = Frontend(sock, name)
         self._loop = loop
+        self._again = again
         self._lock = threading.RLock()
         self._memory: GuestMemory | None = None
         self._wirings: list[QueueWiring] = []
         self._bases: dict[int, int] = {}
-        self._alive = True
         self._known = 1 << virtio.F_VERSION_1 | RING_FEATURES | device_features
-        self._met = False
-        loop.add(self.frontend.fileno(), self._hung_up, read=False)
+        self._connect(sock)
+
+    def _connect(self, sock: socket.socket) -> None:
+        self.frontend = Frontend(sock, self.name)
+        self._alive, self._met = True, False
+        self._loop.add(self.frontend.fileno(), self._hung_up, read=False)
 
     def prepare(self) -> None:
         """Only now: a backend that is just being started has time until a driver asks."""
         with self._lock:
+            if not self._alive and self._again is not None:
+                self._connect(self._again())
             self._require_alive()
             if not self._met:
                 self.features = self._shake_hands() & self._known

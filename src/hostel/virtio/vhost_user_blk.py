@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 
 from hostel.abi import virtio as abi
 from hostel.errors import HelperError
@@ -57,12 +58,14 @@ class VhostUserBlk(VhostUserDevice):
         queues: int = 1,
         write_cache: bool = True,
     ) -> None:
+        again = partial(connect, path, "qemu-storage-daemon")
         super().__init__(
             loop,
-            connect(path, "qemu-storage-daemon"),
+            again(),
             name=name,
             queue_sizes=(QUEUE_SIZE,) * queues,
             device_features=sum(1 << bit for bit in _FEATURES),
+            again=again,
         )
         self._capacity: bytes | None = None
         self._write_cache = write_cache

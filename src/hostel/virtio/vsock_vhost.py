@@ -24,7 +24,7 @@ from hostel.vmm.loop import EventLoop
 from .device import RING_FEATURES, QueueWiring
 from .plane import QueueDevice, ServedQueue
 from .queue import fill
-from .vhost import Vhost
+from .vhost import Vhost, forget
 
 DEVICE = "/dev/vhost-vsock"
 RX, TX, EVENT = 0, 1, 2
@@ -148,11 +148,11 @@ class VhostVsock(QueueDevice):
             self._vhost.vsock_set_running(False)
             for ring in self._rings:
                 self._vhost.stop_ring(ring.index, self._memory, ring)
+            forget(self._error)  # what nobody has read yet is not the next driver's
         self._memory, self._rings = None, []
 
     def _on_error(self) -> None:
         with self.lock:
-            os.eventfd_read(self._error)
-            if self._memory is not None:
+            if forget(self._error) and self._memory is not None:
                 self._stop_rings()
                 self.broken(QueueError("the kernel found a broken ring"))

@@ -1,0 +1,157 @@
+"""The table's rings and registers where somebody else has the rings: the host's kernel (vhost-net), and
+qemu-storage-daemon. Each may give the device up; nothing else may notice, and after a reset it works.
+
+What they do with a bad ring is theirs: the kernel's worker leaves the ring and says so, the daemon ends the
+connection, or looks no more. So the cause is not asked for here, only that it is the guest's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from hostel.errors import GuestError, HelperError
+from hostel.host.inputs import checked_disks
+from hostel.host.storage import Daemon
+from hostel.memory import GuestMemory
+from hostel.spec import Disk as DiskSpec
+from hostel.virtio.device import VirtioDevice
+from hostel.virtio.net import Net
+from hostel.virtio.net_port import HEADER, TapPort
+from hostel.virtio.net_vhost import VhostPlane
+from hostel.virtio.rng import Rng
+from hostel.virtio.vhost_user_blk import VhostUserBlk
+from virtio.block_driver import Disk
+from virtio.malice import REGISTERS, RINGS
+from virtio.netns import GUEST_MAC, HOST_MAC, Namespace, frame, make_tap, plug, raw_socket
+from virtio.rig import Driver, Rig, eventually
+from virtio.subjects import BOUND
+
+SIZE, LOW, HIGH = 32 << 20, 28 << 20, 1 << 32
+GUARDS = ((0, 1 << 20), (26 << 20, 2 << 20), (HIGH, SIZE - LOW))
+SETTLED = 0.05
+"""Seconds in which another process has seen what it was told, as a rule."""
+CONTENT = b"\x5a" * (1 << 20)
+
+
+class Served:
+    """A device, the queues that an attack begins with, and how one sees that it works."""
+
+    def __init__(
+        self, device: VirtioDevice, queues: tuple[int, ...], works: Callable[[Driver], None]
+    ) -> None:
+        self.device, self.queues, self.works = device, queues, works
+
+
+def kernel(rig: Rig, folder: Path, stack: ExitStack) -> Served:
+    net = stack.enter_context(Namespace())
+    make_tap(net)
+    wire = stack.enter_context(raw_socket(net))
+    plane = VhostPlane(rig.loop, [TapPort(fd) for fd in plug(net)])
+
+    def works(driver: Driver) -> None:
+        token = os.urandom(8)
+        driver.queues[1].add([bytes(HEADER) + frame(token, to=HOST_MAC, sender=GUEST_MAC)])
+        driver.kick(1)
+        while wire.recv(4096)[14:] != token:
+            pass
+
+    return Served(Net(rig.loop, plane, mac=GUEST_MAC), (0, 1), works)
+
+
+def storage(rig: Rig, folder: Path, stack: ExitStack) -> Served:
+    image = folder / "disk.raw"
+    image.write_bytes(CONTENT)
+    (spec,) = checked_disks((DiskSpec(path=str(image), plane="vhost-user", queues=2),))
+    daemon = Daemon(spec, folder / "disk.sock", None)
+    stack.callback(daemon.stop)
+    daemon.wait_up()
+    device = VhostUserBlk(rig.loop, daemon.socket, name="disk 0", queues=2, write_cache=True)
+
+    def works(driver: Driver) -> None:
+        assert Disk(driver).read(8, 512)[1] == CONTENT[:512]
+        assert image.read_bytes() == CONTENT
+
+    return Served(device, (0, 1), works)
+
+
+class Table:
+    """A device that is served elsewhere, and a bystander of our own."""
+
+    def __init__(self, make: Callable[[Rig, Path, ExitStack], Served], folder: Path) -> None:
+        self.rig = Rig(GuestMemory(SIZE, low_end=LOW, high_start=HIGH))
+        self.stack = ExitStack()
+        self.served = make(self.rig, folder, self.stack)
+        self.driver = self.rig.on_pci(self.served.device)
+        self.bystander = self.rig.on_pci(Rng(self.rig.loop))
+        self.bystander.start(base=24 << 20, heap=1 << 16)
+        for start, size in GUARDS:
+            self.rig.memory.write(start, b"\xa5" * size)
+
+    def check(self, case: str) -> None:
+        begun = time.monotonic()
+        assert self.bystander.request(0, [], [32]).written == 32, case
+        assert time.monotonic() - begun < BOUND, case
+        assert not self.rig.errors, case
+        fault = self.served.device.fault
+        assert isinstance(fault, GuestError | HelperError | None), (case, fault)
+        eventually(lambda: self.driver.needs_reset, SETTLED)
+        assert eventually(self.restarts), (case, self.served.device.fault)
+        try:
+            self.served.works(self.driver)
+        except TimeoutError:
+            raise AssertionError(f"{case}: it does not work again") from None
+        for start, size in GUARDS:
+            assert self.rig.memory.view(start, size) == b"\xa5" * size, case
+
+    def restarts(self) -> bool:
+        """A connection that is just ending may still take the first one with it."""
+        self.driver.set_status(0)
+        assert self.driver.get_status() == 0
+        self.driver.start(heap=1 << 20)
+        return not self.driver.needs_reset
+
+    def close(self) -> None:
+        self.rig.close()
+        self.stack.close()
+
+
+HAS_STORAGE = pytest.mark.skipif(
+    not shutil.which("qemu-storage-daemon"),
+    reason="no qemu-storage-daemon (package qemu-system-common)",
+)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(kernel, marks=pytest.mark.linux_kvm),
+        pytest.param(storage, marks=HAS_STORAGE),
+    ]
+)
+def table(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Table]:
+    table = Table(request.param, tmp_path)
+    yield table
+    table.close()
+
+
+def test_rings(table: Table) -> None:
+    for case, (_, play) in RINGS.items():
+        for index in table.served.queues:
+            table.driver.start(heap=1 << 20)
+            play(table.driver.queues[index])
+            table.driver.kick(index)
+            table.check(f"{case}, queue {index}")
+
+
+def test_registers(table: Table) -> None:
+    for case, play in REGISTERS.items():
+        with contextlib.suppress(TimeoutError):
+            play(table.driver)
+        table.check(case)
