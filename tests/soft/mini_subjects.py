@@ -21,6 +21,7 @@ NOT_ON_PVM = {
     "paged": "paging outside long mode: MOV CR0 is #GP",
     "pae": "paging outside long mode: MOV CR0 is #GP",
     "segments": "no exception is delivered in 32-bit mode: its emulator gives up",
+    "tasks": "no exception is delivered in 32-bit mode: its emulator gives up",
 }
 """What a KVM that interprets ring 0 cannot run: there real KVM is asked for."""
 

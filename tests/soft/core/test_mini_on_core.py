@@ -49,6 +49,7 @@ from hostel.soft.state import (
 )
 
 BEYOND = {
+    "tasks": "a task switch is the hypervisor's to carry out",
     "fpu": "MXCSR does not collect exceptions",
     **dict.fromkeys(("mmio", "dma"), "an instruction on a device is the hypervisor's to carry out"),
 }

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hostel.soft.exceptions import DB, DF, PF, TripleFault, combine
+from hostel.soft.exceptions import DB, DF, GP, PF, TripleFault, combine
 from hostel.soft.silicon import EptFault, Event, EventType, Reason, VmExit
 from hostel.soft.state import ACTIVE, BLOCKED_BY_MOV_SS, BLOCKED_BY_NMI, BLOCKED_BY_STI
 
-from .events import Fault, TaskGate, deliver
+from . import tasks
+from .events import SOFTWARE, Fault, TaskGate, deliver
 
 if TYPE_CHECKING:
     from .translate import TranslatingCore
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 STEP = 1 << 14
 """DR6.BS: a single step (vol. 3B §17.2.3)."""
 SHADOWED = BLOCKED_BY_STI | BLOCKED_BY_MOV_SS
-_BY_IDT = 3 << 30
 _TRAPS = EventType.SOFTWARE_EXCEPTION, EventType.PRIVILEGED_SOFTWARE_EXCEPTION
 
 
@@ -65,17 +65,32 @@ class Delivery:
             wanted = wanted is ((fault.error or 0) & controls.pf_mask == controls.pf_match)
         return _exception_exit(fault, fault.event, vectoring) if wanted else None
 
+    def _deliver(self, event: Event, return_rip: int) -> None:
+        state, memory = self._core.state, self._core.memory
+        try:
+            deliver(state, memory, event, return_rip)
+        except TaskGate as gate:
+            external = int(event.type not in SOFTWARE)
+            raise TaskGate(
+                tasks.to_tss(state, memory, gate.selector, GP, external=external)
+            ) from None
+
     def _through(self, event: Event, return_rip: int) -> VmExit | None:
         """Through the IDT, with all that can go wrong on the way."""
         core, state = self._core, self._core.state
         while True:
             try:
-                deliver(state, core.memory, event, return_rip)
+                self._deliver(event, return_rip)
                 break
             except EptFault as refused:
                 return ept_exit(refused, event)
             except TaskGate as gate:
-                return VmExit(Reason.TASK_SWITCH, gate.selector | _BY_IDT, vectoring=event)
+                return VmExit(
+                    Reason.TASK_SWITCH,
+                    gate.selector | tasks.BY_IDT << 30,
+                    event.length,
+                    vectoring=event,
+                )
             except Fault as second:
                 # The bitmap first: what exits is the second exception, not yet a #DF made of both.
                 if exit := self._intercepted(second, event):

@@ -37,7 +37,7 @@ from hostel.soft.state import (
 
 _NOT_FAULTS = frozenset((DB, NMI, BP, OF, DF, MC))
 """All other exceptions push RF set, so that an instruction breakpoint does not fire twice (§17.3.1.1)."""
-_SOFTWARE = (
+SOFTWARE = (
     EventType.SOFTWARE_INTERRUPT,
     EventType.PRIVILEGED_SOFTWARE_EXCEPTION,
     EventType.SOFTWARE_EXCEPTION,
@@ -140,7 +140,7 @@ def _real(state: CpuState, memory: Memory, event: Event, return_rip: int) -> Non
 
 def _gate(state: CpuState, memory: Memory, event: Event, size: int) -> _Gate:
     """The IDT's entry, checked as far as it goes by itself."""
-    external = event.type not in _SOFTWARE
+    external = event.type not in SOFTWARE
     code = event.vector << 3 | 2 | external
     if size * event.vector + size - 1 > state.idtr.limit:
         raise Fault(GP, code)
@@ -228,7 +228,7 @@ def _tss_word(state: CpuState, memory: Memory, offset: int, size: int, external:
 
 
 def _long(state: CpuState, memory: Memory, event: Event, return_rip: int) -> None:
-    external = int(event.type not in _SOFTWARE)
+    external = int(event.type not in SOFTWARE)
     gate = _gate(state, memory, event, 16)
     segment = _handler(state, memory, gate, external)
     ring = segment.selector & 3
@@ -257,7 +257,7 @@ def _long(state: CpuState, memory: Memory, event: Event, return_rip: int) -> Non
 
 
 def _protected(state: CpuState, memory: Memory, event: Event, return_rip: int) -> None:
-    external = int(event.type not in _SOFTWARE)
+    external = int(event.type not in SOFTWARE)
     gate = _gate(state, memory, event, 8)
     segment = _handler(state, memory, gate, external)
     ring = segment.selector & 3

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hostel.soft.exceptions import GP, UD
+from hostel.soft.exceptions import GP, TS, UD
 from hostel.soft.silicon import Access, Event, EventType, Primary, Reason, Secondary
 from hostel.soft.state import (
     BLOCKED_BY_NMI,
@@ -36,6 +36,7 @@ from hostel.soft.state import (
     Segment,
 )
 
+from . import tasks
 from .env import EFLAGS
 from .events import Fault, descriptor
 from .operands import is_memory, operand_address
@@ -49,9 +50,6 @@ if TYPE_CHECKING:
 _CODE32, _CODE64, _DATA = 0xC09B, 0xA09B, 0xC093
 _RING3 = 3 << 5
 _LOW = 0xFFFF_FFFF
-_TASK_KINDS = (1, 3, 5, 9, 11)
-"""System descriptors that a far transfer answers with a task switch: TSSs and task gates."""
-_BY_IRET, _BY_CALL, _BY_JMP = 1, 0, 2
 
 
 def _flat(selector: int, rights: int, ring3: bool) -> Segment:
@@ -168,8 +166,10 @@ def interrupt_return(core: TranslatingCore, instruction: Instruction) -> Result:
     """IRET; with NT set, the return from a task, which exits."""
     state = core.state
     if core.engine.env.u64[EFLAGS // 8] & RFLAGS_NT and state.cr0 & CR0_PE and not state.long_mode:
-        back = core.memory.read(core.state.tr.base, 2)
-        return leave(Reason.TASK_SWITCH, instruction, back | _BY_IRET << 30)
+        core.sync()
+        back = core.memory.read(state.tr.base, 2)
+        tss = tasks.to_tss(state, core.memory, back, TS, busy=True)
+        return leave(Reason.TASK_SWITCH, instruction, tss | tasks.BY_IRET << 30)
     state.interruptibility &= ~BLOCKED_BY_NMI
     return Outcome.IMPLICIT
 
@@ -183,9 +183,10 @@ def far_transfer(core: TranslatingCore, instruction: Instruction) -> Result:
     with_descriptor = selector & ~3
     if with_descriptor:
         raw = descriptor(state, core.memory, selector, GP, 0)
-        if raw >> 40 & 0x1F in _TASK_KINDS:
-            by = _BY_CALL if _is_call(instruction) else _BY_JMP
-            return leave(Reason.TASK_SWITCH, instruction, selector | by << 30)
+        if raw >> 40 & 0x1F in tasks.TASKS:
+            by = tasks.BY_CALL if _is_call(instruction) else tasks.BY_JMP
+            tss = tasks.by_far_transfer(state, core.memory, selector, raw)
+            return leave(Reason.TASK_SWITCH, instruction, tss | by << 30)
     return Outcome.IMPLICIT
 
 

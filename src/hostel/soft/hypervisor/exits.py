@@ -15,7 +15,7 @@ from hostel.soft.paging.virtualizer import Do, Verdict
 from hostel.soft.silicon import EventType, PageFault, Reason, VmExit
 from hostel.soft.state import RAX, RBX, RCX, RDX
 
-from . import control_registers, emulation, io, msrs
+from . import control_registers, emulation, io, msrs, task_switch
 
 if TYPE_CHECKING:
     from .vcpu import SoftVcpu
@@ -126,11 +126,6 @@ def _failed_entry(vcpu: SoftVcpu, exit: VmExit) -> Exit:
     return InternalError(exit.reason, (exit.qualification,), words)
 
 
-def _task_switch(vcpu: SoftVcpu, exit: VmExit) -> Exit:
-    words = f"a task switch to selector {exit.qualification & 0xFFFF:#x}, which is not emulated"
-    return InternalError(exit.reason, (exit.qualification,), words)
-
-
 def _xsetbv(vcpu: SoftVcpu, exit: VmExit) -> None:
     """XCR0 (SDM vol. 1 §13.3): x87 always, AVX only with SSE; CPUID offers no XSAVE, a core may."""
     value = vcpu.register(RDX) << 32 | vcpu.register(RAX) & 0xFFFF_FFFF
@@ -147,7 +142,7 @@ HANDLERS: dict[Reason, Handler] = {
     Reason.TRIPLE_FAULT: _triple_fault,
     Reason.INTERRUPT_WINDOW: _again,
     Reason.NMI_WINDOW: _again,
-    Reason.TASK_SWITCH: _task_switch,
+    Reason.TASK_SWITCH: task_switch.handle,
     Reason.CPUID: _cpuid,
     Reason.HLT: _halt,
     Reason.INVD: _skip,

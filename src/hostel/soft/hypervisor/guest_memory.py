@@ -12,15 +12,19 @@ if TYPE_CHECKING:
     from .vcpu import SoftVcpu
 
 
-def translate(vcpu: SoftVcpu, linear: int, access: Access) -> int:
-    """The GPA; ``PageFault`` is the guest's."""
+def translate(vcpu: SoftVcpu, linear: int, access: Access, *, user: bool | None = None) -> int:
+    """The GPA; ``PageFault`` is the guest's. ``user``: as who; by itself, as the guest runs."""
     state = vcpu.translation_state()
-    return vcpu.paging.translate(state, linear, access, state.cpl == 3)
+    return vcpu.paging.translate(state, linear, access, state.cpl == 3 if user is None else user)
 
 
-def pieces(vcpu: SoftVcpu, linear: int, size: int, access: Access) -> list[tuple[int, int]]:
+def pieces(
+    vcpu: SoftVcpu, linear: int, size: int, access: Access, *, user: bool | None = None
+) -> list[tuple[int, int]]:
     """GPA and length of what lies in one page each; all are translated before one is touched."""
-    return [(translate(vcpu, at, access), length) for at, length in _by_page(linear, size)]
+    return [
+        (translate(vcpu, at, access, user=user), length) for at, length in _by_page(linear, size)
+    ]
 
 
 def _by_page(linear: int, size: int) -> Iterator[tuple[int, int]]:

@@ -126,6 +126,7 @@ _ALL = (
     ),
     Guest("flat", "32-bit: segments, ring 3 and its ports", mode="protected"),
     Guest("segments", "32-bit: checks that emulators leave out", mode="protected"),
+    Guest("tasks", "32-bit: hardware task switches", mode="protected"),
     Guest(
         "paged",
         "32-bit: two levels of tables, 4 MiB pages",
