@@ -87,3 +87,23 @@ def test_an_instruction_whose_page_has_left_the_tables(instruction: str) -> None
         guest.controls.exception_bitmap = 1 << 3
         exit = guest.run()
         assert (exit.reason, guest.state.gpr[RBX]) == (Reason.HLT, 14)
+
+
+@pytest.mark.parametrize("selectors", [0, 0x0010_0008])
+@pytest.mark.parametrize("by", ["lcall $0x28, $0", "int $0x30"])
+def test_a_task_switch_loads_no_cr3_of_the_guests_choice(by: str, selectors: int) -> None:
+    """Nothing intercepts it. Without EPT, CR3 is the hypervisor's: the guest gets no further, be it to its
+    new task or to the handler of what is wrong there."""
+    with SvmGuest(f"{by}; hlt", bits=32, ept=False) as guest:
+        guest.memory.write_u64(GDT + 0x28, 0x8900_9000_0067)
+        guest.memory.write_u64(GDT + 0x30, 0x8900_4800_0067)
+        guest.memory.write_u64(IDT + 8 * 0x30, 0x8500_0028_0000)
+        guest.memory.write(0x9000, bytes(0x68))
+        guest.memory.write_u32(0x901C, 0xBAD000)
+        guest.memory.write_u32(0x904C, selectors & 0xFFFF)
+        guest.memory.write_u32(0x9050, selectors >> 16)
+        guest.state.tr.rights = 0x8B
+        before = guest.state.cr3
+        exit = guest.run()
+        assert (exit.reason, exit.qualification) == (Reason.TASK_SWITCH, 0)
+        assert guest.state.cr3 == before

@@ -75,6 +75,7 @@ _WITHOUT_INSTRUCTION = {
     vmcb.SHUTDOWN: Reason.TRIPLE_FAULT,
     vmcb.VINTR: Reason.INTERRUPT_WINDOW,
 }
+_ANY = (1 << 64) - 1
 _UNDEFINED = vmcb.EXCEPTION + UD
 _NOTHING: tuple[int, Access] = (0, Access.READ)
 
@@ -227,6 +228,7 @@ class SvmCore:
         self._environment.load(state, bool(nested))
         self._vmcb.write(controls, state, nested)
         self._shared.address = 0
+        self._shared.cr3 = _ANY if nested else state.cr3
         self._injected, self._events = event, self._shared.events
         request = REQUEST_WINDOW if controls.primary & _WINDOW else 0
         if event is not None:
@@ -255,6 +257,9 @@ class SvmCore:
         state, shared = self._state, self._shared
         nested = self._controls.ept_pointer if self._controls.secondary & _EPT else 0
         self._key = (*translation_key(state), nested)
+        if self._switched():
+            state.cr3 = shared.cr3
+            return VmExit(Reason.TASK_SWITCH), None  # half done, and to none that could be named
         if not shared.exit:
             return self._stopped(), None
         vectoring = self._vectoring()
@@ -268,6 +273,10 @@ class SvmCore:
                 exit.vectoring = vectoring
             return exit, None
         return None, event if event is not None else (vectoring if code == vmcb.NPF else None)
+
+    def _switched(self) -> bool:
+        """A task switch, which nothing intercepts, has loaded CR3: without EPT it is not the guest's."""
+        return self._shared.cr3 not in (_ANY, self._state.cr3)
 
     def _stopped(self) -> VmExit | None:
         """By the counter: kicked, or out of budget before a whole block."""
@@ -366,7 +375,7 @@ class SvmCore:
         self._processor.run(self._state.rip)
         self._environment.save(self._state)
         shared.budget += rest - 1
-        return self._after() if shared.exit else (None, None)
+        return self._after() if shared.exit or self._switched() else (None, None)
 
     def _load_task(self, exit: Exit) -> tuple[VmExit | None, Event | None]:
         """LTR. A null selector is #GP(0); QEMU takes it, and aborts at the next switch of stacks."""

@@ -69,6 +69,8 @@ class Shared(Note):
     vector: int
     port: int
     size: int
+    cr3: int
+    """What it has to be, or all ones."""
     _fields_: ClassVar[Sequence[tuple[str, type[Any]]]] = (
         ("exit", ctypes.c_uint64),
         ("address", ctypes.c_uint64),
@@ -92,6 +94,7 @@ class Shared(Note):
         ("no_execute", ctypes.c_uint64),
         ("flush", ctypes.c_uint64),
         ("patience", ctypes.c_uint64),
+        ("cr3", ctypes.c_uint64),
     )
 
 

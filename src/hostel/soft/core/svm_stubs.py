@@ -38,6 +38,7 @@ SOURCE = """\
 .set NO_EXECUTE,152
 .set FLUSH,160
 .set PATIENCE,168
+.set ROOT,176
 .set shared, start+0x1000
 start:
 # UC_HOOK_INTR(uc, index, _): what has not run of the block is given back, then exception or exit
@@ -110,7 +111,9 @@ sysenter:
 # tlb_fill(cpu, address, size, access, index, probe, from): the walk is QEMU's. Which linear address it was,
 # #VMEXIT(NPF) does not say. A page is executable in the TLB only once code was fetched from it, for QEMU
 # suspects each write to an executable page of changing code; then all is flushed, so that no other entry
-# writes there unseen. And the TLB is flushed after many misses for its size: only then QEMU doubles it.
+# writes there unseen. CR3 changes by a task switch, which nothing intercepts; the TLB is flushed then, so the
+# next access comes by here: it must not walk tables of the guest's choice. And the TLB is flushed after many
+# misses for its size: only then QEMU doubles it.
 fill:
  push rbx
  push rbp
@@ -122,7 +125,13 @@ fill:
  mov [rbx+ACCESS],ecx
  mov [rbx+INDEX],r8d
  inc qword ptr [rbx+FILLS]
- mov rbp,rsi
+ mov rax,[rbx+ROOT]
+ cmp rax,-1
+ je 8f
+ mov r10,[rbx+ENV]
+ cmp rax,[r10+0x1c0]
+ jne 9f
+8: mov rbp,rsi
  mov r12d,ecx
  mov r13d,r8d
  mov r14d,r9d
@@ -194,6 +203,12 @@ fill:
  mov edx,0x15
  mov rcx,[rsp+48]
  call [rbx+VMEXIT]
+9: mov qword ptr [rbx+TB],0
+ mov rdi,r10
+ mov esi,0x4f2
+ xor edx,edx
+ mov rcx,[rsp+48]
+ call [rbx+VMEXIT]
 .p2align 4
 # cpu_exec_interrupt(cpu, request): deliver an event before the first instruction
 inject:
@@ -232,7 +247,7 @@ ENTRY = {
     "syscall": 192,
     "sysenter": 208,
     "fill": 240,
-    "inject": 560,
+    "inject": 624,
 }
 
 CODE = bytes.fromhex(
@@ -241,13 +256,15 @@ CODE = bytes.fromhex(
     "010b81fe00010000730d48ff4338488b7b58ff5360eb1489f048894318488b4358c7401c00000000ff5378488b4350c7"
     "800c150000000000005bc30f1f440000488d05590f000089704889504cbe7b000000eb2866662e0f1f84000000000090"
     "488d05390f0000bef0040000eb0e6690488d05290f0000bef1040000488b785031d231c9ff6070660f1f840000000000"
-    "5355415441554156488d1d010f000048897320894b284489432c48ff43304889f54189cc4589c54589ce83f902750848"
-    "c743100000000048ff8ba8000000753a488b7b58ff93a00000004c89ea48c1e20448035358488b82108a000048c1e806"
-    "48ffc048c1e003483d00000200720448c1e01e488983a8000000488b7b584889ee31d24489e14589e84589f14883ec08"
-    "ff742438ff93800000004883c41084c074704c89ea48c1e204480353584889e848c1e80c48c1e006482382108a000048"
-    "0382188a0000488b481848c1e90c4c8b83900000004183fc027410490fa308722c48c74010ffffffffeb224c8b8b9800"
-    "0000490fa3097223490fab08720f488b7b58ff93a0000000e92affffffb801000000415e415d415c5d5bc348c74010ff"
-    "ffffff488b7b50be00040000ba15000000488b4c2430ff53700f1f800000000053488d1dc80d000048c7431000000000"
-    "8b434085c07446c743400000000083671cfd48ff433883f8017511488b7b508b7344ba01000000ff5368eb0c8b4b4489"
-    "8fa0810000ff5360488b4350c7800c15000000000000b8010000005bc34889d85bffa088000000"
+    "5355415441554156488d1d010f000048897320894b284489432c48ff4330488b83b00000004883f8ff74114c8b535049"
+    "3b82c00100000f851b0100004889f54189cc4589c54589ce83f902750848c743100000000048ff8ba8000000753a488b"
+    "7b58ff93a00000004c89ea48c1e20448035358488b82108a000048c1e80648ffc048c1e003483d00000200720448c1e0"
+    "1e488983a8000000488b7b584889ee31d24489e14589e84589f14883ec08ff742438ff93800000004883c41084c07470"
+    "4c89ea48c1e204480353584889e848c1e80c48c1e006482382108a0000480382188a0000488b481848c1e90c4c8b8390"
+    "0000004183fc027410490fa308722c48c74010ffffffffeb224c8b8b98000000490fa3097223490fab08720f488b7b58"
+    "ff93a0000000e92affffffb801000000415e415d415c5d5bc348c74010ffffffff488b7b50be00040000ba1500000048"
+    "8b4c2430ff537048c74310000000004c89d7bef204000031d2488b4c2430ff537066662e0f1f8400000000000f1f4000"
+    "53488d1d880d000048c74310000000008b434085c07446c743400000000083671cfd48ff433883f8017511488b7b508b"
+    "7344ba01000000ff5368eb0c8b4b44898fa0810000ff5360488b4350c7800c15000000000000b8010000005bc34889d8"
+    "5bffa088000000"
 )

@@ -42,8 +42,8 @@ INVLPG, IOIO, MSR, SHUTDOWN, ICEBP, WBINVD, MONITOR, MWAIT = (
     0x8A,
     0x8B,
 )
-NPF, SYSCALL, SYSENTER = 0x400, 0x4F0, 0x4F1
-"""The last two are ours: unicorn hands these instructions to a hook."""
+NPF, SYSCALL, SYSENTER, TASK = 0x400, 0x4F0, 0x4F1, 0x4F2
+"""The last three are ours: two instructions that unicorn hands to a hook; a task switch has changed CR3."""
 
 _BP, _OF, _UD, _TS, _NP, _SS, _GP, _PF = 3, 4, 6, 10, 11, 12, 13, 14
 _CHECKED_EXCEPTIONS = 1 << _UD | 1 << _TS | 1 << _NP | 1 << _SS | 1 << _GP

@@ -67,6 +67,11 @@ _CODE, _CONFORMING, _WRITABLE, _READABLE, _ACCESSED, _DATA_KIND, _PRESENT = (
 
 def handle(vcpu: SoftVcpu, exit: VmExit) -> Exit | None:
     event, vcpu.event = vcpu.event, None  # its delivery is this switch
+    if not exit.qualification & 0xFFFC:
+        words = (
+            "the core by intercept has made half of a task switch: shadow paging cannot follow it"
+        )
+        return InternalError(exit.reason, (exit.qualification,), words)
     try:
         switch = _Switch(vcpu, exit, event)
         if not switch.wide:
