@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hostel.soft import register_checks
-from hostel.soft.exceptions import GP, UD
+from hostel.soft.exceptions import DB, GP, UD
 from hostel.soft.silicon import Access, Primary, Reason, Secondary, VmExit
 from hostel.soft.state import (
     CR0_PE,
@@ -39,6 +39,7 @@ from hostel.soft.state import (
     CpuState,
 )
 
+from .breakpoints import DETECT
 from .events import Fault
 from .operands import (
     effective_address,
@@ -189,7 +190,6 @@ def store_machine_status(core: TranslatingCore, instruction: Instruction) -> Res
 
 
 def move_debug(core: TranslatingCore, instruction: Instruction) -> Result:
-    """Kept for the guest; breakpoints are not armed."""
     from iced_x86 import Code
 
     state = core.state
@@ -204,6 +204,8 @@ def move_debug(core: TranslatingCore, instruction: Instruction) -> Result:
     if core.controls.primary & Primary.MOV_DR:
         qualification = number | (0 if to_debug else 1) << 4 | register(general)[0] << 8
         return leave(Reason.MOV_DR, instruction, qualification)
+    if state.dr7 & DETECT:
+        raise Fault(DB, dr6=DETECT)
     number = {4: 6, 5: 7}.get(number, number)
     if to_debug:
         _set_debug(state, number, read_register(state, general))

@@ -12,13 +12,12 @@ from hostel.soft.silicon import EptFault, Event, EventType, Reason, VmExit
 from hostel.soft.state import ACTIVE, BLOCKED_BY_MOV_SS, BLOCKED_BY_NMI, BLOCKED_BY_STI
 
 from . import tasks
+from .breakpoints import DETECT
 from .events import SOFTWARE, Fault, TaskGate, deliver
 
 if TYPE_CHECKING:
     from .translate import TranslatingCore
 
-STEP = 1 << 14
-"""DR6.BS: a single step (vol. 3B §17.2.3)."""
 SHADOWED = BLOCKED_BY_STI | BLOCKED_BY_MOV_SS
 _TRAPS = EventType.SOFTWARE_EXCEPTION, EventType.PRIVILEGED_SOFTWARE_EXCEPTION
 
@@ -54,7 +53,8 @@ class Delivery:
         if fault.vector == PF:
             self._core.state.cr2 = fault.cr2
         elif fault.vector == DB:
-            self._core.state.dr6 |= STEP
+            self._core.state.dr6 |= fault.dr6
+            self._core.state.dr7 &= ~DETECT
         return fault.event
 
     def _intercepted(self, fault: Fault, vectoring: Event | None) -> VmExit | None:
@@ -118,7 +118,7 @@ def _combined(first: Event, second: Fault) -> Fault:
 def _exception_exit(fault: Fault, event: Event, vectoring: Event | None) -> VmExit:
     qualification = 0
     if event.type is EventType.HARDWARE_EXCEPTION:
-        qualification = {PF: fault.cr2, DB: STEP}.get(event.vector, 0)
+        qualification = {PF: fault.cr2, DB: fault.dr6}.get(event.vector, 0)
     return VmExit(Reason.EXCEPTION_NMI, qualification, interruption=event, vectoring=vectoring)
 
 

@@ -30,6 +30,7 @@ from hostel.soft.state import (
 )
 
 from . import segments
+from .breakpoints import ENABLED
 from .build import CPU_ENV
 from .flags import (
     HF_ADDSEG,
@@ -44,6 +45,7 @@ from .flags import (
     HF_SS32,
     HF_TS_SHIFT,
     TIGHT,
+    TIGHT_CS,
 )
 
 EIP, EFLAGS, HFLAGS, SEGMENTS = 0x80, 0x88, 0xB0, 0xB8
@@ -80,6 +82,8 @@ class Env:
         self.u32 = raw.cast("I")
         self.i32 = raw.cast("i")
         self._segments = b""
+        self.watching = False
+        """Breakpoints are armed: each instruction is looked at."""
 
     @property
     def rip(self) -> int:
@@ -113,6 +117,8 @@ class Env:
         hflags = self.u32[HFLAGS // 4] & ~TIGHT
         if not hflags & HF_CS64:
             hflags |= segments.tight(hflags, segments.PARTS.unpack_from(self.bytes, SEGMENTS))
+        if self.watching:
+            hflags |= TIGHT_CS
         self.u32[HFLAGS // 4] = hflags
 
     @property
@@ -131,10 +137,11 @@ class Env:
         u64[EIP // 8], u64[EFLAGS // 8] = state.rip, state.rflags | RFLAGS_ONE
         self.u32[HFLAGS // 4] = hflags_of(state)
         self._load_segments(state)
+        self.watching = bool(state.dr7 & ENABLED)
         self.note_segments()
         u64[CR // 8], u64[CR // 8 + 3], u64[CR // 8 + 4] = state.cr0, state.cr3, state.cr4
         u64[EFER // 8], u64[XCR0 // 8] = state.efer, state.xcr0
-        u64[DR // 8 + 6], u64[DR // 8 + 7] = state.dr6, 0x400  # breakpoints are not armed
+        u64[DR // 8 + 6], u64[DR // 8 + 7] = state.dr6, 0x400  # breakpoints are ours
 
     def _load_segments(self, state: CpuState) -> None:
         fields: list[int] = []
@@ -208,8 +215,8 @@ def hflags_of(state: CpuState) -> int:
 
 
 def segmented(hflags: int) -> int:
-    """Of these flags, those by which segments are checked; 0 in 64-bit code."""
-    return 0 if hflags & HF_CS64 else hflags & (HF_PE | TIGHT)
+    """Of these flags, those by which instructions are looked at."""
+    return hflags & (TIGHT_CS if hflags & HF_CS64 else HF_PE | TIGHT)
 
 
 def bits_of(hflags: int) -> int:

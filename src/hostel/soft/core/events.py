@@ -59,11 +59,19 @@ _CODE, _CONFORMING, _WRITABLE, _ACCESSED, _S, _PRESENT, _LONG, _BIG = (
 _QWORDS = {count: Struct(f"<{count}Q") for count in (5, 6)}
 
 
+STEP = 1 << 14
+"""DR6.BS: a single step (vol. 3B §17.2.3)."""
+
+
 class Fault(Exception):
     """An exception of the guest's own."""
 
-    def __init__(self, vector: int, error: int | None = None, *, cr2: int = 0) -> None:
+    def __init__(
+        self, vector: int, error: int | None = None, *, cr2: int = 0, dr6: int = STEP
+    ) -> None:
         super().__init__(f"exception {vector}")
+        self.dr6 = dr6
+        """Of #DB: what DR6 gets."""
         self.vector = vector
         self.error = error
         self.cr2 = cr2

@@ -8,7 +8,8 @@
 Blocks are known by their flags. So the same code has one translation for segments that let everything pass
 (4 GiB, readable, writable: no cost), and another in which each instruction that reaches through a tight
 one is replaced, like a sensitive one, and looked at here before it runs. With a tight code segment every
-instruction is. A write or a read through CS is looked at in protected mode always.
+instruction is; and while hardware breakpoints are armed, in 64-bit code too. A write or a read through CS
+is looked at in protected mode always.
 
 In real mode a segment of 64 KiB is the usual one: there only operands with 32-bit addresses are looked at.
 Who loads a segment register in protected mode is replaced too: the flags are made anew behind it.
@@ -16,12 +17,14 @@ Who loads a segment register in protected mode is replaced too: the flags are ma
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from struct import Struct
 from typing import TYPE_CHECKING
 
 from hostel.soft.exceptions import GP, SS
 from hostel.soft.state import RCX, RSP
 
+from .breakpoints import Touched
 from .events import Fault
 from .flags import HF_CS32, HF_CS64, HF_PE, HF_SS32, TIGHT, TIGHT_CS
 from .operands import SIZES, register
@@ -33,10 +36,10 @@ if TYPE_CHECKING:
 
 ORDER = ("es", "cs", "ss", "ds", "fs", "gs")
 _BITS = (1 << 28, TIGHT_CS, 1 << 29, 1 << 27, 1 << 30, 1 << 30)
-_CS = 1
-_SS = 2
+_CS, _SS, _FS = 1, 2, 4
 PARTS = Struct("<" + "16xII" * 6)
 """Limit and rights of each, where the engine keeps them."""
+BASES = Struct("<" + "8xQ8x" * 6)
 _FLAT_LIMIT, _REAL_LIMIT = 0xFFFF_FFFF, 0xFFFF
 _PRESENT, _CODE, _DOWN_OR_CONFORMING, _WRITABLE_OR_READABLE, _BIG = 0x80, 8, 4, 2, 1 << 14
 _FLAT_KIND, _FLAT = 0x9E, 0x92
@@ -76,6 +79,9 @@ class Reach:
         self._nothing = frozenset((access.NONE, access.NO_MEM_ACCESS))
         self._reads = frozenset((access.READ, access.COND_READ))
         self._wide = iced.CodeSize.CODE32
+        size = iced.CodeSize
+        self._masks = {size.CODE16: SIZES[16], size.CODE32: SIZES[32], size.CODE64: SIZES[64]}
+        self._ip = frozenset((iced.Register.RIP, iced.Register.EIP))
         self._stack = frozenset((iced.Register.SP, iced.Register.ESP))
         mnemonic = iced.Mnemonic
         self._bit_tests = frozenset((mnemonic.BT, mnemonic.BTS, mnemonic.BTR, mnemonic.BTC))
@@ -103,28 +109,50 @@ class Reach:
             if used.access not in self._nothing:
                 self._access(env, instruction, used, parts)
 
+    def touches(self, env: Env, instruction: Instruction) -> Iterator[Touched]:
+        """Linear memory, for breakpoints on data; in code of any mode."""
+        parts = BASES.unpack_from(env.bytes, env.SEGMENTS_AT)
+        wide = env.hflags & HF_CS64
+        for used in self._info.info(instruction).used_memory():
+            if used.access in self._nothing or not (place := self._place(env, instruction, used)):
+                continue
+            number, offset, size = place
+            base = 0 if wide and number < _FS else parts[number]
+            linear = (offset + base) & (SIZES[64] if wide else SIZES[32])
+            yield Touched(linear, size, used.access not in self._reads)
+
     def _access(
         self, env: Env, instruction: Instruction, used: UsedMemory, parts: tuple[int, ...]
     ) -> None:
-        size = self._size(used.memory_size)
-        mask = SIZES[32] if used.address_size == self._wide else SIZES[16]
-        if not size:  # a repeated string instruction: one element a turn
-            if not env.u64[RCX] & mask:
-                return
-            size = self._size(instruction.memory_size)
-        number = used.segment - self._first
-        if number == _SS and used.base in self._stack and instruction.is_stack_instruction:
-            mask = SIZES[32] if env.hflags & HF_SS32 else SIZES[16]
-        offset = self._offset(env, instruction, used) & mask
+        place = self._place(env, instruction, used)
+        if place is None:
+            return
+        number, offset, size = place
         reads = used.access in self._reads
         limit, rights = parts[2 * number], parts[2 * number + 1] >> 8
         allowed = not env.hflags & HF_PE or _kind(rights, reads=reads)
         if not allowed or not inside(limit, rights, offset, size):
             raise _fault(env, number)
 
+    def _place(
+        self, env: Env, instruction: Instruction, used: UsedMemory
+    ) -> tuple[int, int, int] | None:
+        """Segment register, offset and size; None: nothing, this turn."""
+        size, mask = self._size(used.memory_size), self._masks[used.address_size]
+        if not size:  # a repeated string instruction: one element a turn
+            if not env.u64[RCX] & mask:
+                return None
+            size = self._size(instruction.memory_size)
+        number = used.segment - self._first
+        if number == _SS and used.base in self._stack and instruction.is_stack_instruction:
+            mask = SIZES[32] if env.hflags & HF_SS32 else SIZES[16]
+        return number, self._offset(env, instruction, used) & mask, size
+
     def _offset(self, env: Env, instruction: Instruction, used: UsedMemory) -> int:
         offset = int(used.displacement)
-        if used.base:
+        if used.base in self._ip or (not used.base and instruction.is_ip_rel_memory_operand):
+            offset += env.rip  # it was decoded as if at 0
+        elif used.base:
             at, _ = register(used.base)
             offset += env.u64[at]
         if used.index:

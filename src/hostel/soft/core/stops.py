@@ -17,7 +17,7 @@ from hostel.soft.state import RSP
 from .counter import Block
 from .engine import EXCEPTION, ILLEGAL
 from .env import EIP, IS_INT
-from .events import Fault
+from .events import STEP, Fault
 from .flags import HF_CS64
 from .translations import NotCanonical, Refusal
 from .view import INT3
@@ -63,7 +63,7 @@ class Stops:
             return self._trap(OF)
         if vector == DB:
             core.count(spent)
-            return core.raise_fault(Fault(DB))
+            return core.raise_fault(Fault(DB, dr6=STEP | core.hits))
         core.count(spent - self._unfinished())
         raise Fault(vector, env.error_code & 0xFFFF if vector in WITH_ERROR_CODE else None)
 

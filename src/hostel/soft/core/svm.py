@@ -41,15 +41,10 @@ from hostel.soft.silicon import (
     Secondary,
     VmExit,
 )
-from hostel.soft.state import (
-    ACTIVE,
-    BLOCKED_BY_NMI,
-    HALTED,
-    RFLAGS_IF,
-    CpuState,
-)
+from hostel.soft.state import ACTIVE, BLOCKED_BY_NMI, HALTED, RFLAGS_IF, CpuState
 
 from . import vmcb
+from .delivery import ept_exit
 from .npt import NestedTables
 from .svm_decode import LONGEST, Fetcher
 from .svm_env import Environment, translation_key
@@ -143,6 +138,11 @@ class SvmCore:
         self._processor.flush(address)
         if address is None:
             self._nested.clear()
+
+    def forget(self) -> None:
+        """Translations and translated code: the guest has run elsewhere meanwhile."""
+        self._processor.flush()
+        self._processor.forget_blocks()
 
     def wrote(self, hpa: int, size: int) -> None:
         """Somebody else changed memory: blocks translated from it are dropped."""
@@ -312,7 +312,7 @@ class SvmCore:
             self._state.cr2 = refused.address
             return self._on_top(vectoring, fault(PF, refused.code))
         except EptFault as refused:
-            return _ept_exit(refused), None
+            return ept_exit(refused), None
 
     def _instruction(
         self, exit: Exit, vectoring: Event | None
@@ -418,7 +418,7 @@ class SvmCore:
             return self._on_top(vectoring, fault(PF, refused.code))
         except EptFault as refused:
             self._missing = gpa, ask.access
-            return _ept_exit(refused), None
+            return ept_exit(refused), None
         except MemoryFault:
             reason = Reason.EPT_MISCONFIGURATION
             return VmExit(reason, linear=shared.address, physical=gpa), None
@@ -444,9 +444,3 @@ class SvmCore:
             return self._read(linear, size)
         except (PageFault, EptFault, MemoryFault):
             return b""
-
-
-def _ept_exit(fault: EptFault) -> VmExit:
-    return VmExit(
-        Reason(fault.reason), fault.qualification, linear=fault.linear, physical=fault.physical
-    )

@@ -46,10 +46,11 @@ from hostel.soft.state import (
     CpuState,
 )
 
+from .breakpoints import fetched, touched
 from .delivery import SHADOWED, Delivery, ept_exit
 from .engine import FOREVER, FULL, TO_SCAN, Engine
-from .env import FPU, FPU_END, segmented
-from .events import Fault
+from .env import EFLAGS, FPU, FPU_END, segmented
+from .events import STEP, Fault
 from .flags import HF_CS64, HF_INHIBIT, TIGHT_CS
 from .instructions import STATELESS, Handlers
 from .linear import LinearMemory
@@ -67,12 +68,14 @@ if TYPE_CHECKING:
 class TranslatingCore:
     """``Core`` of ``soft/silicon.py``."""
 
-    def __init__(self, physical: PhysicalMemory, mmu: Mmu) -> None:
+    def __init__(
+        self, physical: PhysicalMemory, mmu: Mmu, statistics: CoreStatistics | None = None
+    ) -> None:
         self.physical = physical
         self.mmu = mmu
         self.state = CpuState()
         self.controls = Controls()
-        self.statistics = CoreStatistics()
+        self.statistics = statistics or CoreStatistics()
         self.shadow = 0
         """Interruptibility that the instruction being executed leaves behind."""
         scanner = Scanner()
@@ -84,6 +87,8 @@ class TranslatingCore:
         self.delivery = Delivery(self)
         self._handlers = Handlers()
         self.stops = Stops(self)
+        self.hits = 0
+        """Breakpoints on data that the instruction being executed hits."""
         self._synced = self._cut = False
         self._left = FOREVER
         self._kick = threading.Event()
@@ -252,12 +257,15 @@ class TranslatingCore:
         if stopped == TO_SCAN:
             self.view.make(self.engine)
         elif stopped == FULL:
-            self.engine.forget_blocks()
-            self.view.forget_blocks()
-            self.stops.forget_blocks()
+            self.forget_blocks()
         elif not single and not self.engine.context.kick:
             self._cut = True  # a block is longer than what is left
         return None
+
+    def forget_blocks(self) -> None:
+        self.engine.forget_blocks()
+        self.view.forget_blocks()
+        self.stops.forget_blocks()
 
     # --- One instruction ---
 
@@ -286,8 +294,10 @@ class TranslatingCore:
 
     def act(self, instruction: Instruction) -> VmExit | None:
         """What a sensitive instruction does in this ring, under these controls."""
-        if not self.engine.env.hflags & HF_CS64:
-            self.scanner.reach.check(self.engine.env, instruction)
+        env = self.engine.env
+        self.hits = self._watch(instruction) if env.watching else 0
+        if not env.hflags & HF_CS64:
+            self.scanner.reach.check(env, instruction)
         handler = self._handlers.of(instruction)
         if handler not in STATELESS:
             self.sync()
@@ -300,10 +310,20 @@ class TranslatingCore:
         self.statistics.instructions_replaced += 1
         return self._complete(instruction, result)
 
+    def _watch(self, instruction: Instruction) -> int:
+        """Breakpoints: one on the instruction is a fault; those on data that it will hit are returned."""
+        env = self.engine.env
+        if not env.u64[EFLAGS // 8] & RFLAGS_RF:
+            bits = fetched(self.state, env.linear_rip)
+            if bits:
+                raise Fault(DB, dr6=bits)
+        return touched(self.state, self.scanner.reach.touches(env, instruction))
+
     def _natively(self, instruction: Instruction, implicit: bool) -> VmExit | None:
         self._resume()
-        env = self.engine.env
-        landing = Landing(env, instruction.len) if env.hflags & TIGHT_CS else None
+        env, delivered = self.engine.env, self.statistics.events_delivered
+        limited = env.hflags & (TIGHT_CS | HF_CS64) == TIGHT_CS
+        landing = Landing(env, instruction.len) if limited else None
         self.translations.implicit = implicit
         try:
             exit = self._go(1, cut=True)
@@ -313,6 +333,8 @@ class TranslatingCore:
             env.note_segments()
             if landing:
                 landing.check()
+            if self.hits and self.statistics.events_delivered == delivered:
+                return self.raise_fault(Fault(DB, dr6=self.hits))
         return exit
 
     def _complete(self, instruction: Instruction, result: Outcome) -> VmExit | None:
@@ -324,8 +346,8 @@ class TranslatingCore:
         state.rflags &= ~RFLAGS_RF
         state.interruptibility = state.interruptibility & ~SHADOWED | self.shadow
         self.count(1)
-        if stepped:
-            return self.raise_fault(Fault(DB))
+        if stepped or self.hits:
+            return self.raise_fault(Fault(DB, dr6=self.hits | (STEP if stepped else 0)))
         self._resume()
         return None
 

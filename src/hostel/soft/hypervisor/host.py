@@ -57,9 +57,9 @@ class Host:
 
     def _make_core(self, mmu: PagingMmu) -> Core:
         if self.trap == "intercept":
-            from hostel.soft.core.svm import SvmCore
+            from hostel.soft.core.checked import CheckedCore
 
-            return SvmCore(self.physical)
+            return CheckedCore(self.physical)
         from hostel.soft.core.translate import TranslatingCore
 
         return TranslatingCore(self.physical, mmu)
