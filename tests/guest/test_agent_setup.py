@@ -42,8 +42,11 @@ def inside(start_agent: Callable[..., AbstractContextManager[Any]]) -> Iterator[
         client.close()
 
 
+PATH = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+
+
 def shell(client: AgentClient, script: str) -> str:
-    process = client.spawn(["sh", "-c", script], env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})
+    process = client.spawn(["sh", "-c", script], env=PATH)
     out, err, status = process.communicate(timeout=20)
     return (out + err).decode() + (f"exit {status.returncode}" if status.returncode else "")
 
@@ -72,6 +75,15 @@ def test_mounts_and_files(inside: AgentClient, tmp_path: Path) -> None:
     ) == ("motd\n666,1,3\n700,0,0\n700,0,0\ninner\n")
     assert os.uname().nodename != "inner"
     assert not (tmp_path / "m" / "motd").exists()
+
+
+def test_root_needs_no_list_of_users(inside: AgentClient) -> None:
+    assert shell(inside, "mount -t tmpfs none /etc") == ""
+    process = inside.spawn(["/bin/sh", "-c", "echo $(id -u) $(id -g)"], env=PATH, user="root")
+    assert process.communicate(timeout=20)[0] == b"0 0\n"
+    process = inside.spawn(["/bin/true"], user="nobody")
+    with pytest.raises(AgentError, match="the guest has no user 'nobody'"):
+        process.communicate(timeout=20)
 
 
 MAC, OTHER_MAC = "02:00:00:00:00:0a", "02:00:00:00:00:0b"

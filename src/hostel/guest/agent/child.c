@@ -170,7 +170,9 @@ static void resolve_user(struct user *user, char *text)
 		if (!find_passwd(user, NULL, &number))
 			user->uid = user->gid = number;
 	} else if (!find_passwd(user, text, NULL)) {
-		no_such("user", text);
+		if (strcmp(text, "root"))	/* who needs no list to be known */
+			no_such("user", text);
+		user->uid = user->gid = 0;
 	}
 	if (!group) {
 		user->groups[user->group_count++] = user->gid;
