@@ -47,3 +47,28 @@ def test_a_long_trace_is_cut_and_says_so() -> None:
 def test_no_steps_wanted() -> None:
     lines = list(draw.report(Report("x", "Why?", (Step("guest", "step"),)), steps=0))
     assert lines == ["Why?", "… and 1 steps more (--steps)"]
+
+
+def test_a_wide_table_is_wrapped_heads_first_and_no_word_broken() -> None:
+    told = Table(
+        "Costs",
+        ("way", "page faults", "what"),
+        (("soft, shadow", 12345, "a few words"), ("KVM", None, "bounds")),
+    )
+    assert list(draw.table(told, width=33)) == [
+        "Costs",
+        "way             page  what",
+        "              faults",
+        "soft, shadow  12,345  a few words",
+        "KVM                –  bounds",
+    ]
+    assert list(draw.table(told, width=28))[3:5] == [
+        "soft,      12,345  a few",
+        "shadow             words",
+    ]
+    assert "12,345" in "\n".join(draw.table(told, width=5)), "too wide for anything: never cut"
+
+
+def test_bounds_stand_to_the_right() -> None:
+    told = Table("Costs", ("way", "exits"), (("a", "≤ 7"), ("b", 1234)))
+    assert list(draw.table(told))[2:] == ["a      ≤ 7", "b    1,234"]

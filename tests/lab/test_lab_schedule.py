@@ -15,7 +15,7 @@ def test_shares_migration_and_isolation() -> None:
     assert moves[1] == "VMPTRLD"
     assert "INVVPID" in moves
     assert moves[-1] == "VMLAUNCH", "not VMRESUME: its launch state is clear"
-    assert "A, B, P, T of A, B, P, T" in report.conclusions[1]
+    assert "A, B, P, T, of A, B, P, T" in report.conclusions[1]
 
 
 def test_the_same_every_time() -> None:

@@ -136,7 +136,10 @@ def _show(report: lab.Report, as_json: bool, steps: int) -> None:
 
         click.echo(json.dumps(msgspec.to_builtins(report), indent=2))
         return
+    import shutil
+
     from hostel.lab import draw
 
-    for line in draw.report(report, steps=steps):
+    width = shutil.get_terminal_size((draw.WIDTH, 0)).columns
+    for line in draw.report(report, steps=steps, width=max(60, min(width, draw.WIDTH))):
         click.echo(line)

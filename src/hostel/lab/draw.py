@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 
 import msgspec
 
@@ -27,12 +28,12 @@ class Node(msgspec.Struct, frozen=True):
     children: tuple[Node, ...] = ()
 
 
-def report(told: Report, *, steps: int = 60) -> Iterator[str]:
+def report(told: Report, *, steps: int = 60, width: int = WIDTH) -> Iterator[str]:
     """A report as lines; of a long trace the first ``steps``."""
-    yield from textwrap.wrap(told.question, WIDTH)
+    yield from textwrap.wrap(told.question, width)
     if shown := told.steps[:steps]:
         yield ""
-        yield from trace(shown)
+        yield from trace(shown, width=width)
     if len(told.steps) > steps:
         yield f"… and {len(told.steps) - steps} steps more (--steps)"
     for drawing in told.drawings:
@@ -40,39 +41,56 @@ def report(told: Report, *, steps: int = 60) -> Iterator[str]:
         yield from drawing.lines
     for one in told.tables:
         yield ""
-        yield from table(one)
+        yield from table(one, width=width)
     if told.conclusions:
         yield ""
     for conclusion in told.conclusions:
-        yield from textwrap.wrap(conclusion, WIDTH, initial_indent="• ", subsequent_indent="  ")
+        yield from textwrap.wrap(conclusion, width, initial_indent="• ", subsequent_indent="  ")
     if told.page:
         yield from ("", f"More: {told.page}")
 
 
-def trace(steps: Sequence[Step]) -> Iterator[str]:
+def trace(steps: Sequence[Step], *, width: int = WIDTH) -> Iterator[str]:
     who = max(len(step.who) for step in steps)
     times = [str(step.time) if step.time is not None else "" for step in steps]
     time = max(map(len, times))
     for step, at in zip(steps, times, strict=True):
         head = f"{at:>{time}}  {step.who:<{who}}  " if time else f"{step.who:<{who}}  "
         yield from textwrap.wrap(
-            step.what, WIDTH, initial_indent=head, subsequent_indent=" " * len(head)
+            step.what, width, initial_indent=head, subsequent_indent=" " * len(head)
         )
 
 
-def table(told: Table) -> Iterator[str]:
-    """Numbers and bounds (≤ 3) to the right, words to the left; None is a dash."""
+def table(told: Table, *, width: int = WIDTH) -> Iterator[str]:
+    """Numbers and bounds (≤ 3) to the right, words to the left; None is a dash. What is too wide is wrapped,
+    heads before cells."""
     cells = [tuple(_cell(value) for value in row) for row in told.rows]
-    columns = list(zip(told.columns, *cells, strict=True))
-    widths = [max(map(len, column)) for column in columns]
+    widths = _widths(told.columns, cells, width)
     numeric = [all(_is_number(row[at]) for row in told.rows) for at in range(len(told.columns))]
     yield told.title
     for row in (told.columns, *cells):
-        yield "  ".join(
-            f"{text:>{width}}" if right else f"{text:<{width}}"
-            for text, width, right in zip(row, widths, numeric, strict=True)
-        ).rstrip()
-    yield from textwrap.wrap(told.note, WIDTH)
+        wrapped = [textwrap.wrap(text, size) for text, size in zip(row, widths, strict=True)]
+        for line in zip_longest(*wrapped, fillvalue=""):
+            yield "  ".join(
+                f"{text:>{size}}" if right else f"{text:<{size}}"
+                for text, size, right in zip(line, widths, numeric, strict=True)
+            ).rstrip()
+    yield from textwrap.wrap(told.note, width)
+
+
+def _widths(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[int]:
+    """Of the columns, so that no word is broken and, if that can be, all of them fit."""
+    columns = list(zip(heads, *rows, strict=True))
+    widths = [max(1, *map(len, column)) for column in columns]
+    words = [max(1, *(len(word) for text in column for word in text.split())) for column in columns]
+    inner = [max(1, *map(len, column[1:])) if rows else 1 for column in columns]
+    while sum(widths) + 2 * (len(widths) - 1) > width:
+        free = [at for at, size in enumerate(widths) if size > words[at]]
+        if not free:
+            break
+        widest = max(free, key=lambda at: (widths[at] > inner[at], widths[at]))
+        widths[widest] -= 1
+    return widths
 
 
 def _is_number(value: str | int | float | None) -> bool:
@@ -87,7 +105,7 @@ def _cell(value: str | int | float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else value
 
 
-def timeline(lanes: Mapping[str, Iterable[Span]], *, width: int = 80) -> Iterator[str]:
+def timeline(lanes: Mapping[str, Iterable[Span]], *, width: int = 70) -> Iterator[str]:
     """One lane a row, one column a slice of time; what fills most of a column is drawn."""
     spans = {name: list(lane) for name, lane in lanes.items()}
     end = max((span.end for lane in spans.values() for span in lane), default=0)

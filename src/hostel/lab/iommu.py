@@ -91,9 +91,11 @@ class Emulated(Way):
     name = "emulated"
     words = (
         Step(
-            "monitor", "emulates it: each register is an exit; the monitor copies, and checks each"
+            "monitor",
+            "emulates it: each register is an exit; the monitor copies, and checks each address against the "
+            "machine's memory. All addresses are the guest's own: where the hypervisor has a table the guest "
+            "has memory of its own, and that is what it gets",
         ),
-        Step("monitor", "guest address against the machine's memory"),
     )
 
     def port(self, scene: Scene, memory: GuestMemory) -> Port:
@@ -153,9 +155,10 @@ class BehindTheHosts(PassedThrough):
     base = 0
     words = (
         Step(
-            "monitor", "maps the registers into the guest, and gives the device a domain in which"
+            "monitor",
+            "maps the registers into the guest, and gives the device a domain in which address 0 is "
+            f"{MY_BASE:#x}, and nothing is but the guest's memory",
         ),
-        Step("monitor", f"address 0 is {MY_BASE:#x}, and nothing else is"),
     )
 
     def port(self, scene: Scene, memory: GuestMemory) -> Port:

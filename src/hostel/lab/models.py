@@ -26,16 +26,16 @@ QUESTION = (
 GUEST = "hello"
 
 _DRAWING = """\
-hypervisor (VMware ESXi)      host (KVM)                      hybrid (Xen, ACRN)
+hypervisor (VMware ESXi)   host (KVM)                   hybrid (Xen, ACRN)
 
- guest                         guest                           guest        service OS
-───┬─────────── VM exit       ───┬─────────── VM exit         ───┬─────────────┴──────
- hypervisor                    kernel: KVM                     hypervisor: CPU, memory
-   device model                ───┬─────────── ioctl returns     request ─► other domain:
-   driver                      process: device model                        device model,
-   device                      ───┬─────────── write(2)          ◄─ answer  driver
-                               kernel: driver                                 device
-                                 device
+ guest                      guest                        guest      service OS
+───┬─────── VM exit        ───┬─────── VM exit          ───┬───────────┴──────
+ hypervisor                 kernel: KVM                  hypervisor
+   device model             ───┬────── ioctl returns       request ─► a domain:
+   driver                   process: device model                  device model
+   device                   ───┬────── write(2)            ◄─ answer driver
+                            kernel: driver                           device
+                              device
 """
 
 

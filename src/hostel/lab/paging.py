@@ -71,13 +71,15 @@ def drawn(walk: WalkTrace) -> tuple[str, ...]:
     """The walk as the tables it went through."""
     node = Node(f"page at {walk.page.address:#x}")
     if walk.ept is not None:
-        levels = " → ".join(f"L{step.level} {step.value:#x}" for step in walk.ept.steps)
-        node = Node(
-            f"GPA {walk.page.address:#x}", (Node(f"EPT: {levels} → HPA {walk.ept.address:#x}"),)
-        )
+        node = Node(f"HPA {walk.ept.address:#x}")
+        for step in reversed(walk.ept.steps):
+            node = Node(
+                f"EPT level {step.level}: entry at HPA {step.address:#x} = {step.value:#x}", (node,)
+            )
+        node = Node(f"page at GPA {walk.page.address:#x}", (node,))
     for step in reversed(walk.page.steps):
         where = "at GPA" if walk.ept is not None else "at HPA"
-        through = "  (read through the EPT)" if walk.ept is not None else ""
+        through = " (read through the EPT)" if walk.ept is not None else ""
         node = Node(
             f"level {step.level}: entry {where} {step.address:#x} = {step.value:#x}{through}",
             (node,),

@@ -106,10 +106,10 @@ _WORK = {
     "fills": "fills",
     "syncs": "syncs",
     "misses": "TLB misses",
-    "references": "refs/walk",
-    "longest": "longest",
+    "references": "refs / walk",
+    "longest": "most",
     "tables": "tables KiB",
-    "instructions": "instructions",
+    "instructions": "guest instr.",
 }
 
 
@@ -122,8 +122,9 @@ def _work(chosen: Sequence[Workload], columns: Sequence[Column]) -> Table:
             for way, cost in _cells(chosen, columns)
         ),
         note="fills: entries made in a shadow, an EPT or NPT. syncs: guest tables compared again with their "
-        "shadows. refs/walk: entries read for a TLB miss, on average, and for the longest. tables: of the "
-        "hypervisor, at the guest's end. –: this way cannot tell.",
+        "shadows. refs / walk, most: table entries read for a TLB miss, on average and in the longest walk. "
+        "tables: of the hypervisor, at the guest's end. guest instr.: instructions that the guest executed. "
+        "–: this way cannot tell.",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -51,7 +52,7 @@ _DRAWING = """\
 root         the hypervisor: decides                  the monitor: devices
              VM entry ↓   ↑ VM exit: CPUID, OUT, HLT, CR3 with shadow paging …
 non-root     the guest's kernel  ◄─ SYSCALL, #PF, INT ─  the guest's programs
-                                 ─── SYSRET, IRET ────►  (no exit: the processor does it)
+                                 ─── SYSRET, IRET ────►  no exit
 """
 
 
@@ -82,6 +83,18 @@ def _rings() -> tuple[list[str], Counter[Reason]]:
         return actor.words.splitlines(), Counter(actor.vcpus[0].exits)
 
 
+_VECTORS = {"d": "#GP", "e": "#PF"}
+
+
+def _told(line: str) -> str:
+    """``write code: e error 7 at 8000000128``, as people write it (the guest's figures are hexadecimal)."""
+    if found := re.fullmatch(r"(.+): ([de]) error (\w+) at (\w+)", line):
+        what, vector, code, address = found.groups()
+        where = f", address 0x{address}" if vector == "e" else ""
+        return f"{what}: {_VECTORS[vector]}, error code 0x{code}{where}"
+    return line
+
+
 def run(arguments: Sequence[str] = ()) -> Report:
     none_of("rings", arguments)
     rows = []
@@ -102,7 +115,7 @@ def run(arguments: Sequence[str] = ()) -> Report:
                 f"ring 3 tries what only ring 0 may; {exits.total()} VM exits in all, those for its words "
                 "on the console included",
             ),
-            *(Step("guest", line) for line in words),
+            *(Step("guest", _told(line)) for line in words),
         ),
         drawings=(Drawing("Four places", tuple(_DRAWING.splitlines())),),
         tables=(

@@ -136,9 +136,7 @@ def run(arguments: Sequence[str] = ()) -> Report:
         lab="schedule",
         question=QUESTION,
         steps=steps,
-        drawings=(
-            Drawing("Who has each pCPU, in guest instructions", tuple(timeline(lanes, width=84))),
-        ),
+        drawings=(Drawing("Who has each pCPU, in guest instructions", tuple(timeline(lanes))),),
         tables=(
             Table(
                 "Machines",
@@ -157,7 +155,7 @@ def run(arguments: Sequence[str] = ()) -> Report:
         conclusions=(
             f"{migrations} migrations; each is VMCLEAR on the old pCPU, then VMPTRLD and VMLAUNCH on the "
             "new one. The VMCS is in memory in between, and on one pCPU at a time.",
-            f"Machines that leave what they leave alone: {', '.join(same)} of "
+            f"Left the same in memory as when they run alone: {', '.join(same)}, of "
             f"{', '.join(part.mark for part in PARTS)}. {len(statistics)} vCPUs have {len(vpids)} VPIDs: of "
             "two that differ, no translation of one is ever taken for the other's.",
             "T moves a thread from one vCPU to the other by an interrupt that it sends itself. To the "
