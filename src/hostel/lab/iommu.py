@@ -89,7 +89,7 @@ class Way:
 
 class Emulated(Way):
     name = "emulated"
-    words = (
+    words: tuple[Step, ...] = (
         Step(
             "monitor",
             "emulates it: each register is an exit; the monitor copies, and checks each address against the "
@@ -104,7 +104,7 @@ class Emulated(Way):
 
 class EmulatedBehindOwn(Way):
     name = "emulated, guest's own IOMMU"
-    words = (
+    words: tuple[Step, ...] = (
         Step(
             "guest", "has an IOMMU of its own: one page to read, one to write, in tables of its own"
         ),
@@ -129,7 +129,7 @@ class EmulatedBehindOwn(Way):
 class PassedThrough(Way):
     name = "passed through, no IOMMU"
     base = MY_BASE
-    words = (
+    words: tuple[Step, ...] = (
         Step("monitor", "maps the registers into the guest and steps aside: no exit, no check"),
         Step("guest", f"must know where its memory really is: at {MY_BASE:#x} on this bus"),
     )
@@ -153,7 +153,7 @@ class PassedThrough(Way):
 class BehindTheHosts(PassedThrough):
     name = "passed through, host's IOMMU"
     base = 0
-    words = (
+    words: tuple[Step, ...] = (
         Step(
             "monitor",
             "maps the registers into the guest, and gives the device a domain in which address 0 is "
