@@ -6,9 +6,8 @@
                └────► Ioapic ──bus──► Lapic n ─► vCPU n ──IPI──► bus
     devices ──MSI───────────bus
 
-``Irqchip`` is the bus, and answers for all ports and MMIO of them. It knows no vCPU: each ``Lapic`` tells by
-``on_event`` that its processor should look. Times are nanoseconds of ``clock``; ``deadline`` says when
-``fire`` is to be called.
+``Irqchip`` is the bus, and answers for all ports and MMIO of them. It knows no vCPU: who runs one looks
+before each entry. Times are nanoseconds of ``clock``; ``deadline`` says when ``fire`` is to be called.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class Irqchip:
     def __init__(self, clock: Callable[[], int]) -> None:
         self._clock = clock
         self.lapics: dict[int, Lapic] = {}
-        self.pic = Pic(self._pic_event)
+        self.pic = Pic()
         self.ioapic = Ioapic(self)
         self.pit = Pit(clock, self._pit_tick)
         self._turn = 0
@@ -98,10 +97,6 @@ class Irqchip:
 
     def end_of_interrupt(self, vector: int) -> None:
         self.ioapic.end_of_interrupt(vector)
-
-    def _pic_event(self) -> None:
-        if 0 in self.lapics:
-            self.lapics[0].on_event()
 
     def _pit_tick(self) -> None:
         self.irq_line(0, True)

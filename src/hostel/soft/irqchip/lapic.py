@@ -83,7 +83,7 @@ class ApicBus(Protocol):
 
 
 class Lapic:
-    """One processor's. ``on_event`` is called when the processor may have something to take.
+    """One processor's. Its processor looks before each entry what there is to take.
 
     ``clock`` gives the nanoseconds that the timer counts; ``fire`` is to be called when ``deadline`` has
     come.
@@ -92,7 +92,6 @@ class Lapic:
     def __init__(self, id: int, bus: ApicBus, clock: Callable[[], int]) -> None:
         self.id = id
         self._bus, self._clock = bus, clock
-        self.on_event: Callable[[], None] = lambda: None
         self.external: Callable[[], bool] = lambda: False
         """Whether the PIC asks (LINT0 in ExtINT mode, the virtual wire)."""
         self.statistics = {"fixed": 0, "ipis_sent": 0, "timer": 0, "eois": 0, "nmis": 0}
@@ -183,7 +182,6 @@ class Lapic:
             self.sipi = message.vector
         else:
             return False
-        self.on_event()
         return True
 
     def _raise(self, vector: int, *, level: bool = False) -> bool:
@@ -196,7 +194,6 @@ class Lapic:
         self.irr |= bit
         self.tmr = self.tmr | bit if level else self.tmr & ~bit
         self.statistics["fixed"] += 1
-        self.on_event()
         return True
 
     # --- Registers by MMIO ---
@@ -309,8 +306,6 @@ class Lapic:
         if number == DFR:
             value |= 0x0FFF_FFFF
         self._registers[number] = value & masks.get(number, 0xFFFF_FFFF)
-        if number in (TPR, SVR, LVT_LINT0):
-            self.on_event()  # something may come through now
 
     def _end_of_interrupt(self) -> None:
         if not self.isr:
@@ -320,7 +315,6 @@ class Lapic:
         self.statistics["eois"] += 1
         if self.tmr >> vector & 1:
             self._bus.end_of_interrupt(vector)
-        self.on_event()
 
     def _send(self, low: int) -> None:
         """Writing the low half of ICR sends (§10.6.1)."""

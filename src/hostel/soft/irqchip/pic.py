@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 MASTER, SLAVE, EDGES = 0x20, 0xA0, 0x4D0
 """Ports: two at each; the edge/level registers."""
 _CASCADE = 2
@@ -108,10 +106,9 @@ class Chip:
 
 
 class Pic:
-    """The pair. ``on_event`` is called when the processor may have something to take."""
+    """The pair."""
 
-    def __init__(self, on_event: Callable[[], None]) -> None:
-        self._on_event = on_event
+    def __init__(self) -> None:
         self._master, self._slave = Chip(), Chip()
 
     def set(self, pin: int, level: bool) -> None:
@@ -125,8 +122,6 @@ class Pic:
         self._master.set(_CASCADE, asking)
         if not asking:  # withdrawn before it was taken: an edge would stay, and be spurious
             self._master.irr &= ~(1 << _CASCADE)
-        if self.asking:
-            self._on_event()
 
     @property
     def asking(self) -> bool:
