@@ -242,8 +242,10 @@ def test_output_on_a_full_disk() -> None:
 
 def test_dry_run_starts_nothing(hostel: Hostel) -> None:
     before = time.monotonic()
-    result = hostel("run", "--dry-run", "--json", "--engine", "qemu", "--cpus", "3", "true")
+    words = ("--engine", "qemu", "--cpus", "3", "--balloon", "true")
+    result = hostel("run", "--dry-run", "--json", *words)
     plan = json.loads(result.stdout)
+    assert plan["balloon"] == "on"
     assert (plan["engine"], plan["cpus"]) == ("qemu", 3)
     assert Path(plan["kernel"]).is_file()
     assert plan["release"] in plan["kernel"]

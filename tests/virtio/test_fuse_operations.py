@@ -251,6 +251,22 @@ def test_whoever_writes_takes_setuid_away(fs: FuseSession, tree: Path) -> None:
     assert stat.S_IMODE((tree / "file").stat().st_mode) == 0o755
 
 
+@pytest.mark.parametrize(("uid", "mode"), [(1000, 0o755), (0, 0o6755)])
+def test_whoever_changes_it_otherwise_does_too(
+    fs: FuseSession, tree: Path, uid: int, mode: int
+) -> None:
+    """Requests that do not say what is to become of it: root may, others may not."""
+    handle = fs.open(fs.lookup(ROOT, b"file"), os.O_RDWR)
+    fs.uid = uid
+    for opcode, body in (
+        (abi.FALLOCATE, abi.FALLOCATE_IN.pack(handle, 0, 1 << 16, 0, 0)),
+        (abi.COPY_FILE_RANGE, abi.COPY_FILE_RANGE_IN.pack(handle, 0, ROOT, handle, 1 << 15, 8, 0)),
+    ):
+        (tree / "file").chmod(0o6755)
+        fs.ask(opcode, ROOT, body)
+        assert stat.S_IMODE((tree / "file").stat().st_mode) == mode, opcode
+
+
 def test_setuid_is_believed_for_no_moment(fs: FuseSession, tree: Path) -> None:
     """No word of its end goes to the guest's kernel, which would run the file with it."""
     believed = []

@@ -427,6 +427,7 @@ def _rows(plan: Plan) -> dict[str, Any]:
         "release": plan.release,
         "cpus": plan.spec.cpus,
         "memory": plan.spec.memory,
+        **({"balloon": "on"} if plan.balloon else {}),
         "cmdline": plan.cmdline,
         **({"disks": [drive.summary for drive in plan.disks]} if plan.disks else {}),
         "network": [nic.summary for nic in plan.nics] or [network.NONE],

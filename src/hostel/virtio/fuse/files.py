@@ -123,8 +123,16 @@ def fsync(fs: FileSystem, request: Request) -> Answer:
 
 def fallocate(fs: FileSystem, request: Request) -> Answer:
     number, offset, length, mode, _ = request.arguments(abi.FALLOCATE_IN)
-    host.fallocate(_writable(fs, number).fd, mode, _offset(offset), _offset(length))
+    handle = _writable(fs, number)
+    host.fallocate(handle.fd, mode, _offset(offset), _offset(length))
+    _changed(fs, request, handle)
     return b""
+
+
+def _changed(fs: FileSystem, request: Request, handle: Handle) -> None:
+    """By requests that have no word for it as WRITE has: root keeps setuid, as on any file system."""
+    if request.uid:
+        kill_privileges(fs, handle.fd)
 
 
 def lseek(fs: FileSystem, request: Request) -> Answer:
@@ -137,13 +145,15 @@ def lseek(fs: FileSystem, request: Request) -> Answer:
 
 def copy_file_range(fs: FileSystem, request: Request) -> Answer:
     source, start, _, target, to, size, _ = request.arguments(abi.COPY_FILE_RANGE_IN)
+    handle = _writable(fs, target)
     copied = os.copy_file_range(
         fs.handle(source).fd,
-        _writable(fs, target).fd,
+        handle.fd,
         min(size, MOST_COPIED),
         _offset(start),
         _offset(to),
     )
+    _changed(fs, request, handle)
     return abi.WRITE_OUT.pack(copied, 0)
 
 
