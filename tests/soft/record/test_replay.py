@@ -267,12 +267,18 @@ def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
         pass
 
 
-def test_a_full_disk_ends_the_machine() -> None:
-    with made(LISTEN, recording(Soft(), Path("/dev/full"))) as monitor:
-        monitor.console.write(b"q")
-        assert monitor.wait(PATIENCE) == Ending(
-            "error", "the log /dev/full cannot be written: No space left on device"
-        )
+def test_a_full_disk() -> None:
+    words = refused(lambda: made(SPIN, recording(Soft(), Path("/dev/full"))).__enter__())
+    assert words == "the log /dev/full cannot be written: No space left on device"
+
+
+def test_a_recording_that_is_killed_is_one_that_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with made(LISTEN, recording(Soft(), path)) as monitor:
+        monitor.console.wait_for(b">", PATIENCE)
+        so_far = path.read_bytes()
+    path.write_bytes(so_far)
+    assert "has no end: its recording was cut off" in refused(lambda: log.read(path))
 
 
 def test_a_slice_that_does_not_end_is_cut(tmp_path: Path) -> None:

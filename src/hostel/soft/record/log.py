@@ -84,6 +84,7 @@ class Writer:
         self._sum.update(line)
         try:
             self._file.write(line)
+            self._file.flush()  # a process that is killed leaves what there was
         except OSError as error:
             raise self._failed(error) from None
 
