@@ -15,7 +15,7 @@ import pytest
 from guests.names import NXDOMAIN, NameServer, exchange, gateway, look_up, message
 from guests.namespaces import HOST, OUTSIDE, Echo, Guest, Namespace, ask, missing, reached, world
 from hostel.errors import SpecError
-from hostel.host.net import allow, kernel
+from hostel.host.net import allow, flows, kernel
 from hostel.host.net.resolver import MAX_ADDRESSES
 from hostel.host.network import attach
 from hostel.spec import Nic, Publish
@@ -163,6 +163,30 @@ def test_a_machine_does_not_inherit_connections(tmp_path: Path, limited: Nic) ->
         (first, before), (second, after) = answers
         assert first == second
         assert (before, after) == (True, False)
+
+
+def test_connections_end_with_their_machine(tmp_path: Path) -> None:
+    """Those to and from it: nobody at its address is to get what was meant for it."""
+
+    def known(address: str) -> int:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, flows.NETLINK_NETFILTER) as sock:
+            ways = (flows.CTA_TUPLE_ORIG, flows.CTA_TUPLE_REPLY)
+            return sum(len(list(flows._of(sock, way, socket.inet_aton(address)))) for way in ways)
+
+    with (
+        world() as (host, outside),
+        Echo(outside, 7, OUTSIDE),
+        attach([Nic()], [], tmp_path, "stays", cpus=1),
+    ):
+        with attach([Nic()], [], tmp_path, "leaves", cpus=1) as networks:
+            guest = Guest(host, networks.attachments[0])
+            assert ask(guest, OUTSIDE, 7, "udp") == HOST
+            assert known(guest.address) == 1
+            guest.close()
+        deadline = time.monotonic() + 5
+        while known(guest.address):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 def test_only_addresses_are_answered(scene: Scene) -> None:

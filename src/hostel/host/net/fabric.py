@@ -157,6 +157,10 @@ class Network:
                 kernel.ip([line])
         self.state.forget("link", guest.tap)
         self._load()
+        with contextlib.suppress(
+            HostError
+        ):  # who must not inherit any makes sure of it on attaching
+            flows.forget(guest.address)
 
     def _load(self) -> None:
         self._view.guests = list(self._guests.values())
