@@ -17,13 +17,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from hostel.boot.acpi import PciPin
-from hostel.errors import HelperError, HostError, SpecError
+from hostel.errors import HostError, SpecError
 from hostel.plan import Interface, Plan
 from hostel.vmm import layout
 
 if TYPE_CHECKING:
-    import socket
-
     from hostel.virtio.device import VirtioDevice
     from hostel.virtio.net_plane import NetPlane
     from hostel.virtio.net_port import NetPort
@@ -110,7 +108,9 @@ def open_ports(nic: Interface) -> Sequence[NetPort]:
     from hostel.virtio.net_port import StreamPort, TapPort
 
     if nic.backend == "stream":
-        return [StreamPort(_connect(nic.target))]
+        from hostel.virtio.vhost_user import connect
+
+        return [StreamPort(connect(nic.target, "passt"))]
     fds = open_queues(nic)
     try:
         return [TapPort(fd) for fd in fds]
@@ -118,17 +118,3 @@ def open_ports(nic: Interface) -> Sequence[NetPort]:
         for fd in fds:
             os.close(fd)
         raise
-
-
-def _connect(path: str) -> socket.socket:
-    import socket
-
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.connect(path)
-    except OSError as error:
-        sock.close()
-        raise HelperError(
-            f"nobody answers at {path}: {error.strerror}", cost="the NIC has no network"
-        ) from None
-    return sock
