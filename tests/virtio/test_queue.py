@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,6 +76,52 @@ def test_unpop_gives_the_same_chain_again(memory: GuestMemory) -> None:
     again = queue.pop()
     assert again is not None
     assert again.head == second.head
+
+
+def test_room_that_lies_side_by_side_is_one_view(memory: GuestMemory) -> None:
+    driver, queue = pair(memory)
+    heads = [
+        driver.add([], [size]) for size in (64, 32, 40, 16)
+    ]  # 8 bytes are left behind the third
+    found, lengths, views = queue.pop_room(16)
+    assert (found, lengths) == (heads, [64, 32, 40, 16])
+    assert [len(view) for view in views] == [136, 16]
+    assert queue.pop_room(16) == ([], [], [])
+
+
+def test_room_in_pieces_comes_alone(memory: GuestMemory) -> None:
+    driver, queue = pair(memory)
+    driver.add([], [64])
+    driver.add([b"not for us"], [3, 5], indirect=True)
+    driver.add([], [64])
+    popped = [queue.pop_room(16) for _ in range(4)]
+    assert [lengths for _, lengths, _ in popped] == [[64], [8], [64], []]
+    assert [len(view) for view in popped[1][2]] == [3, 5]
+
+
+def test_used_entries_around_the_end_of_the_ring(memory: GuestMemory) -> None:
+    driver, queue = pair(memory, 4)
+    for count in (3, 4, 2, 4):
+        heads = [driver.add([], [16]) for _ in range(count)]
+        found, _, _ = queue.pop_room(4)
+        queue.push_used(array("I", found), array("I", range(count)))
+        done = driver.completed()
+        assert [(one.head, one.written) for one in done] == list(
+            zip(heads, range(count), strict=True)
+        )
+
+
+def test_more_chains_than_descriptors(memory: GuestMemory) -> None:
+    """Taken little by little, while none has come back."""
+    driver, queue = pair(memory, 4)
+    for _ in range(4):
+        driver.offer(0)
+        driver.set_descriptor(0, driver.heap, 16, WRITE)
+        assert len(queue.pop_room(1)[0]) == 1
+    driver.offer(0)
+    with pytest.raises(VirtqueueError) as caught:
+        queue.pop_room(1)
+    assert caught.value.fault is Fault.INDEX_JUMP
 
 
 def test_a_direct_chain_may_end_in_an_indirect_table(memory: GuestMemory) -> None:

@@ -20,31 +20,24 @@ from __future__ import annotations
 
 import struct
 import time
-from collections import deque
+from array import array
 from collections.abc import Sequence
-
-from hostel.errors import QueueError
 
 from .limit import Limiter
 from .net_plane import Filter
 from .net_port import HEADER, MAX_FRAME, NetPort, scatter
+from .net_room import Room
 from .plane import BATCH, ServedQueue
-from .queue import MAX_BUFFERS, Chain, take, total
+from .queue import Chain, take, total
 
 PEEK = HEADER + 16
 """Bytes of header and frame that a filter looks at."""
+UNLIKE_ALL = bytes(PEEK)
+"""Longer than what it sees of a frame."""
 WIDE_FOR = 16
 """Small frames in a row until a large one is no longer expected."""
-AHEAD = 32
-"""Chains taken from the ring at once."""
 COUNT_AT = HEADER - 2
 """``num_buffers`` is the last field of the header."""
-
-SOON = 10e-6
-"""Seconds between two runs that belong together."""
-
-Used = tuple[int, int]
-"""A chain's head, and how many bytes of it are new."""
 
 _pack_count = struct.Struct("<H").pack_into
 
@@ -59,14 +52,23 @@ class Gate:
         self.filter = Filter(bytes(6))
         self.open = True
         """Every frame passes."""
+        self.passed = UNLIKE_ALL
+        """A frame that begins so passes, as the last one did."""
 
     def set(self, *, link_up: bool | None = None, filter: Filter | None = None) -> None:
         self.link_up = self.link_up if link_up is None else link_up
         self.filter = filter or self.filter
         self.open = self.link_up and self.filter.promiscuous
+        self.passed = UNLIKE_ALL
 
     def accepts(self, frame: bytes) -> bool:
-        return self.link_up and self.filter.accepts(frame)
+        filter = self.filter
+        if not self.link_up or not filter.accepts(frame):
+            return False
+        self.passed = frame
+        if filter is not self.filter or not self.link_up:  # ``set`` came between
+            self.passed = UNLIKE_ALL
+        return True
 
 
 class Receiver:
@@ -81,71 +83,67 @@ class Receiver:
         self.frames = self.bytes = self.dropped = self.filtered = self.copied = 0
         self._port, self._gate = port, gate
         self._size, self._merged = size, merged
-        self._ahead: deque[Chain] = deque()
-        """Taken from the ring, not used yet."""
+        self._room = Room(queue)
         self._wide = 0
-        self._offered = 0
         self._overflow = memoryview(bytearray(MAX_FRAME))
         self._held = b""
         """A frame that has been read and for which there was no room."""
-        self._turns, self._ended = 1, 0.0
+        self._turns, self._began, self._ended = 1, 0.0, 0.0
 
     def run(self) -> float:
         """Receive what there is; the seconds to pause after it.
 
-        The path of every frame: what a small one needs is done here and not in calls.
+        The path of every frame: what most of them need is done here and not in calls.
         """
-        gate, ahead, receive = self._gate, self._ahead, self._port.receive
-        done: list[Used] = []
+        gate, room, receive = self._gate, self._room, self._port.receive
         self.starved, pause, turns = False, 0.0, 0
         limit = self._turns_now()
         while turns < limit:
-            if self._held and not self._release_held(done):
+            if self._held and not self._release_held():
                 break
-            if not ahead and not self._pop_ahead():
+            wanted = MAX_FRAME if self._wide else 1
+            if room.end - room.begin < wanted and not self._more(room.begin == room.end):
                 break
-            first = ahead[0]
+            views = room.views(max(wanted, room.first))
+            views.append(self._overflow)
             try:
-                length = receive(self._wide_buffers() if self._wide else self._buffers(first))
+                length = receive(views)
             except BlockingIOError:
                 break
-            if not gate.open and not self._accepts(first):
+            turns += 1
+            if not gate.open and views[0][HEADER:PEEK] != gate.passed and not self._accepts(views):
                 self.filtered += 1
-            elif length > first.size:
-                if not self._deliver_large(length, done):
-                    break
-            else:
-                put_count(first.writable, 1)
-                ahead.popleft()
-                done.append((first.head, length))
+            elif length <= room.first:
+                put_count(views, room.take(length))
                 self.bytes += length - HEADER
                 self.frames += 1
                 self._wide -= self._wide > 0
-            turns += 1
+            elif not self._deliver_large(views, length):
+                break
             if gate.limited and (pause := gate.limiter.take(length - HEADER)):
                 break
-        self._end(turns, done, full=turns == limit)
+        self._end(turns, full=turns == limit)
         return pause
 
     def _turns_now(self) -> int:
-        """How many frames to ask for. Asking once too often costs as much as a frame: so one frame at
-        first, and more while frames come so fast that the last run has hardly ended."""
-        soon = time.monotonic() - self._ended < SOON
+        """How many frames to ask for. Asking once too often costs as much as a frame: so one frame at first,
+        and more while they come so fast that waiting for them took less time than the last ones did."""
+        now, served = time.monotonic(), self._ended - self._began
+        soon = now - self._ended < served
+        self._began = now
         return min(2 * self._turns, BATCH) if soon else 1
 
-    def _end(self, turns: int, done: list[Used], *, full: bool) -> None:
-        self._turns = turns or 1
-        if done:
-            self.queue.push_batch(done)
-            self.queue.interrupt()
+    def _end(self, turns: int, *, full: bool) -> None:
+        self._room.publish()
+        self.queue.interrupt()
         if full and self._port.buffered:
             self.queue.kick_self()
+        self._turns = turns or 1
         self._ended = time.monotonic()
 
     def stop(self) -> None:
         """What was taken from the ring and not used comes again."""
-        self.queue.unpop(len(self._ahead))
-        self._ahead.clear()
+        self._room.give_back()
         self.dropped += bool(self._held)
         self._held = b""
 
@@ -159,101 +157,54 @@ class Receiver:
             **self.queue.statistics(),
         }
 
-    # -- room -------------------------------------------------------------------------------------
-
-    def _pop_ahead(self) -> bool:
-        """Take more chains from the ring. ``False``: there are none, and a kick tells of the next."""
-        while not self._top_up():
+    def _more(self, needed: bool = True) -> bool:
+        """Take more chains from the ring. ``False``: they are needed, there are none, and a kick tells of the
+        next."""
+        while not self._room.top_up() and needed:
             if not self.queue.enable_notifications():
                 self.starved = True
                 return False
         return True
 
-    def _top_up(self) -> bool:
-        chains = self.queue.pop_batch(AHEAD)
-        for chain in chains:
-            if chain.readable or len(chain.writable) != 1:
-                _check(chain)
-        self._ahead += chains
-        return bool(chains)
+    def _accepts(self, views: Sequence[memoryview]) -> bool:
+        start = b"".join(take(views, PEEK)[0])
+        return self._gate.accepts(start[HEADER:])
 
-    def _buffers(self, first: Chain) -> list[memoryview]:
-        self._offered = first.size
-        return [*first.writable, self._overflow]
-
-    def _wide_buffers(self) -> list[memoryview]:
-        if len(self._ahead) < AHEAD:
-            self._top_up()
-        buffers: list[memoryview] = []
-        room = 0
-        for chain in self._ahead:
-            if room >= MAX_FRAME or len(buffers) + len(chain.writable) >= MAX_BUFFERS:
-                break
-            buffers += chain.writable
-            room += chain.size
-        self._offered = room
-        buffers.append(self._overflow)
-        return buffers
-
-    # -- frames -----------------------------------------------------------------------------------
-
-    def _accepts(self, first: Chain) -> bool:
-        start = first.writable[0][:PEEK]
-        if len(start) < PEEK:
-            pieces, _ = take([*first.writable, self._overflow], PEEK)
-            return self._gate.accepts(b"".join(pieces)[HEADER:])
-        return self._gate.accepts(bytes(start[HEADER:]))
-
-    def _deliver_large(self, length: int, done: list[Used]) -> bool:
-        """§5.1.6.3.2: a frame in several chains, of which the first one tells how many. ``False`` if it
-        has to wait for room."""
+    def _deliver_large(self, views: list[memoryview], length: int) -> bool:
+        """§5.1.6.3.2: a frame in several chains, of which the first one tells how many. ``False`` if it has
+        to wait for room."""
         if not self._merged:
             self.dropped += 1
             return True
         self._wide = WIDE_FOR
-        ahead, left = self._ahead, length
-        taken: list[Chain] = []
-        while left > 0:
-            if not ahead and not self._pop_ahead():
-                ahead.extendleft(reversed(taken))
-                return not self._hold(length)
-            taken.append(chain := ahead.popleft())
-            left -= chain.size
-        if (over := length - self._offered) > 0:
-            views = [view for chain in taken for view in chain.writable]
-            scatter(take(views, self._offered)[1], self._overflow[:over])
+        room = self._room
+        while room.end - room.begin < length:
+            if not self._more():
+                return not self._hold(views, length)
+        offered = total(views) - MAX_FRAME
+        if (over := length - offered) > 0:
+            views = room.views(length)
+            scatter(take(views, offered)[1], self._overflow[:over])
             self.copied += over
-        put_count(taken[0].writable, len(taken))
-        done += [(chain.head, chain.size) for chain in taken]
-        done[-1] = (chain.head, chain.size + left)
+        put_count(views, room.take(length))
         self.frames += 1
         self.bytes += length - HEADER
         return True
 
-    def _hold(self, length: int) -> bool:
+    def _hold(self, views: list[memoryview], length: int) -> bool:
         """Keep the frame until the driver offers more; ``False`` if it is dropped."""
-        if len(self._ahead) >= self._size:  # the whole ring is not enough: it never will be
+        if len(self._room) >= self._size:  # the whole ring is not enough: it never will be
             self.starved = False
             self.dropped += 1
             return False
-        views = [view for chain in self._ahead for view in chain.writable]
-        pieces, _ = take(views, min(self._offered, length))
-        self._held = b"".join([*pieces, self._overflow[: length - total(pieces)]])
+        self._held = b"".join(take(views, length)[0])
         return True
 
-    def _release_held(self, done: list[Used]) -> bool:
+    def _release_held(self) -> bool:
         """The same as if it had been read now, into ``overflow`` alone."""
         frame, self._held = self._held, b""
         self._overflow[: len(frame)] = frame
-        self._offered = 0
-        return self._deliver_large(len(frame), done)
-
-
-def _check(chain: Chain) -> None:
-    """A chain to receive into that is not a single buffer."""
-    if not 0 < len(chain.writable) < MAX_BUFFERS:
-        raise QueueError(f"a receive buffer of {len(chain.writable)} pieces")
-    chain.size = total(chain.writable)
+        return self._deliver_large([self._overflow], len(frame))
 
 
 def put_count(buffers: Sequence[memoryview], count: int) -> None:
@@ -279,17 +230,17 @@ class Transmitter:
         queue = self.queue
         queue.disable_notifications()
         chains = queue.pop_batch(BATCH)
-        done: list[Used] = []
+        done: list[int] = []
         self.blocked, pause = False, 0.0
         for chain in chains:
             if not self._send(chain):
                 break
-            done.append((chain.head, 0))
+            done.append(chain.head)
             if self._gate.limited and (pause := self._gate.limiter.take(chain.size - HEADER)):
                 break
         queue.unpop(len(chains) - len(done))
         if done:
-            queue.push_batch(done)
+            queue.push_used(array("I", done), array("I", bytes(4 * len(done))))
             queue.interrupt()
         self.blocked = self.blocked or self._port.unsent
         if (

@@ -53,6 +53,7 @@ class Pair:
         self.transmitter: Transmitter | None = None
         self._gate = gate
         self._thread: threading.Thread | None = None
+        self._settled = threading.Event()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     # -- from other threads -----------------------------------------------------------------------
@@ -94,15 +95,18 @@ class Pair:
         self.receiver = self.transmitter = None
 
     def attach(self, attached: bool) -> None:
-        """Whether frames come through this pair. A port that is detached reads as failed: so the thread
-        that watches it does it."""
+        """Whether frames come through this pair, from now on. A port that is detached reads as failed: so the
+        thread that watches it does it."""
         if attached == self.attached:
             return
         self.attached = attached
-        if self._thread is not None:
-            os.eventfd_write(self._wake, 1)
-        else:
+        if self._thread is None:
             self.port.attach(attached)
+            return
+        self._settled.clear()
+        os.eventfd_write(self._wake, 1)
+        while not self._settled.wait(0.1) and self._thread.is_alive():
+            pass
 
     def close(self) -> None:
         self.stop()
@@ -134,6 +138,7 @@ class Pair:
         self._watch()
         if not self.attached:
             self.port.attach(False)
+        self._settled.set()
 
     def _receive_kicked(self) -> None:
         """There is room again, or is it the first time?"""

@@ -54,9 +54,9 @@ class ServedQueue:
         self.interrupts = 0
         self._queue = queue
         self._call = wiring.call
-        self.push, self.push_batch = queue.push, queue.push_batch
+        self.push, self.push_used = queue.push, queue.push_used
         self.pop, self.pop_batch = queue.pop, queue.pop_batch
-        self.unpop, self.has_more = queue.unpop, queue.has_more
+        self.pop_room, self.unpop, self.has_more = queue.pop_room, queue.unpop, queue.has_more
         self.enable_notifications = queue.enable_notifications
         self.disable_notifications = queue.disable_notifications
 

@@ -26,7 +26,8 @@ x86 never reorders anything around.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from struct import Struct
 
@@ -45,6 +46,8 @@ _INDIRECT = abi.DESC_F_INDIRECT
 _ALONE = (0, _WRITE)
 """Flags of a descriptor that is a chain by itself."""
 _unpack_descriptor, _pack_used = abi.DESC.unpack_from, abi.USED_ELEM.pack_into
+_unpack_buffer = Struct("<QIH").unpack_from
+"""A descriptor that is a chain by itself has no next one."""
 
 _Table = tuple[Callable[[memoryview], tuple[int, ...]], tuple[int, ...]]
 _tables: dict[int, _Table] = {}
@@ -160,12 +163,13 @@ class Queue:
         except MemoryFault as error:
             raise VirtqueueError(Fault.RING_OUTSIDE, error.message) from None
         self._used_words = self._used.cast("H")
+        self._used_entries = self._used[abi.RING_HEADER_SIZE : -2].cast("I")
         self._signalled = self.next_used
         self._fence = threading.Lock()
 
     def close(self) -> None:
         """Let go of guest memory. A closed queue must not be used."""
-        for view in (self._used_words, self._used, self._avail, self._desc):
+        for view in (self._used_words, self._used_entries, self._used, self._avail, self._desc):
             view.release()
 
     # -- chains -------------------------------------------------------------------------------
@@ -210,6 +214,53 @@ class Queue:
         """Whether the driver has offered more than was popped: a hint, there is no fence."""
         return bool(self._avail[1] != self.next_avail & 0xFFFF)
 
+    def pop_room(self, limit: int) -> tuple[list[int], list[int], list[memoryview]]:
+        """The next chains, at most ``limit``, as room to write into: their heads, their lengths, and views of
+        all their bytes. Buffers that follow each other in guest memory share a view."""
+        desc, heads = self._desc, self._heads(limit)
+        lengths: list[int] = []
+        views: list[memoryview] = []
+        start = end = 0
+        for head in heads:
+            address, length, flags = _unpack_buffer(desc, head << 4)
+            if flags != _WRITE or not length:
+                break
+            if address != end:
+                if lengths:
+                    views.append(self._buffer(start, end - start))
+                start = address
+            end = address + length
+            lengths.append(length)
+        if not lengths:
+            return self._pop_pieces() if heads else ([], [], [])
+        views.append(self._buffer(start, end - start))
+        self.next_avail += len(lengths)
+        return heads[: len(lengths)], lengths, views
+
+    def _pop_pieces(self) -> tuple[list[int], list[int], list[memoryview]]:
+        """The next chain, which is not a single buffer."""
+        (chain,) = self.pop_batch(1)
+        if not 0 < len(chain.writable) < MAX_BUFFERS:
+            raise QueueError(f"a receive buffer of {len(chain.writable)} pieces")
+        return [chain.head], [total(chain.writable)], chain.writable
+
+    def _heads(self, limit: int) -> list[int]:
+        """Of the chains that wait, at most ``limit``."""
+        avail, size, at = self._avail, self.size, self.next_avail & self._mask
+        index = avail[1]
+        waiting, offered = (index - self.next_avail) & 0xFFFF, (index - self.next_used) & 0xFFFF
+        if not waiting:
+            return []
+        if waiting > size or offered > size:  # each chain has a descriptor until it is used
+            raise VirtqueueError(Fault.INDEX_JUMP, f"by {max(waiting, offered)}, size {size}")
+        end = at + min(waiting, limit)
+        heads: list[int] = avail[2 + at : 2 + min(end, size)].tolist()
+        if end > size:
+            heads += avail[2 : 2 + end - size].tolist()
+        if max(heads) >= size:
+            raise VirtqueueError(Fault.HEAD_OUT_OF_RANGE, f"{max(heads)}, size {size}")
+        return heads
+
     def _buffer(self, address: int, length: int) -> memoryview:
         try:
             return self._view(address, length)
@@ -227,14 +278,20 @@ class Queue:
         self.next_used = used = used + 1
         self._used_words[1] = used & 0xFFFF
 
-    def push_batch(self, done: Iterable[tuple[int, int]]) -> None:
-        """Several at once, as (head, bytes written): the driver sees all of them or none."""
-        pack_into, used, mask, at = abi.USED_ELEM.pack_into, self._used, self._mask, self.next_used
-        for head, written in done:
-            pack_into(used, abi.RING_HEADER_SIZE + (at & mask) * 8, head, written)
-            at += 1
-        self.next_used = at
-        self._used_words[1] = at & 0xFFFF
+    def push_used(self, heads: array[int], lengths: array[int]) -> None:
+        """Several at once, each a head and how many bytes were written: the driver sees all of them or none.
+        Both arrays of type I, as in the ring, where they take turns."""
+        used, slot, count = self._used_entries, self.next_used & self._mask, len(heads)
+        end = min(slot + count, self.size)
+        fit = end - slot
+        used[2 * slot : 2 * end : 2], used[2 * slot + 1 : 2 * end : 2] = heads[:fit], lengths[:fit]
+        if fit < count:
+            used[: 2 * (count - fit) : 2], used[1 : 2 * (count - fit) : 2] = (
+                heads[fit:],
+                lengths[fit:],
+            )
+        self.next_used += count
+        self._used_words[1] = self.next_used & 0xFFFF
 
     def _table_in_order(self, head: int, address: int, length: int) -> Chain | None:
         """An indirect table as drivers write it, each entry followed by the one behind it: taken apart as
