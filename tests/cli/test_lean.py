@@ -42,6 +42,20 @@ def test_nobody_else_sees_one() -> None:
     assert python(program).split() == ["module"] * 5
 
 
+def test_what_may_not_be_there_is_seen_by_the_next_one_who_asks() -> None:
+    pytest.importorskip("typing_extensions")
+    program = """
+lean()
+import sys
+assert "typing_extensions" not in sys.modules
+import typing_extensions, msgspec, typing
+class Box(msgspec.Struct):
+    size: typing.Annotated[int, msgspec.Meta(gt=0)]
+print(typing_extensions.__file__ is not None, msgspec.inspect.type_info(Box).fields[0].type.gt)
+"""
+    assert python(program).split() == ["True", "0"]
+
+
 def test_modules_that_are_there_stay() -> None:
     import_packages()
     assert sys.modules["inspect"] is inspect

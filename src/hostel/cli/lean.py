@@ -41,6 +41,7 @@ def import_packages() -> None:
     stand_ins = (
         Later("inspect", cleandoc=_cleandoc),  # click: help pages
         Later("textwrap"),  # msgspec: JSON schemas
+        Later("msgspec.inspect"),  # msgspec: types taken apart
         Later("platform", system=lambda: os.uname().sysname),  # uuid, which both import
         Later(  # click: it has no translations, nor have we
             "gettext",
@@ -49,12 +50,15 @@ def import_packages() -> None:
         ),
         Later("urllib.parse", quote_from_bytes=_quote_from_bytes),  # pathlib: URIs
     )
-    added = [one for one in stand_ins if one.__name__ not in sys.modules]
-    sys.modules.update({one.__name__: one for one in added})
+    modules: dict[str, ModuleType | None] = {one.__name__: one for one in stand_ins}
+    # msgspec: where there are any, they come before typing's own, which have been enough since 3.11
+    modules["typing_extensions"] = None
+    added = {name: one for name, one in modules.items() if name not in sys.modules}
+    sys.modules.update(added)  # type: ignore[arg-type]  # None: there is no such module
     try:
         for package in ("msgspec", "click", "pathlib"):
             import_module(package)
     finally:
-        for one in added:
-            if sys.modules.get(one.__name__) is one:
-                del sys.modules[one.__name__]
+        for name, one in added.items():
+            if sys.modules.get(name) is one:
+                del sys.modules[name]
