@@ -38,12 +38,14 @@ def foreseen(spec: MachineSpec, runtime: Path) -> Networks:
 
 
 def interfaces(networks: Networks, engine: Literal["kvm", "qemu", "soft"]) -> tuple[Interface, ...]:
-    """What the engine is to make; ``SpecError`` for what it has not."""
+    """What the engine is to make; ``SpecError`` for what it has not. QEMU limits no NIC: the kernel does."""
     found = tuple(one.interface for one in networks.attachments)
-    if engine == "qemu" and any(one.limits != Limits() for one in found):
-        raise SpecError(
-            "engine qemu cannot limit the rate of a network interface",
-            cost="the guest would not be held back",
-            cure="use --engine kvm, or leave the limits out",
-        )
+    if engine == "qemu":
+        if any(one.limits != Limits() and not one.bridged for one in found):
+            raise SpecError(
+                "engine qemu cannot limit the rate of a network interface but on nat, isolated or bridge",
+                cost="the guest would not be held back",
+                cure="use one of these or --engine kvm, or leave the limits out",
+            )
+        networks.hold_rates()
     return found

@@ -27,6 +27,8 @@ class Interface(msgspec.Struct, frozen=True):
     """0: not announced."""
     queues: int = 1
     limits: Limits = Limits()
+    bridged: bool = False
+    """The target is a tap of ours on a bridge: the host's kernel can keep its rates."""
     reason: str = ""
     """Why this plane, for a person."""
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import msgspec
 
 from hostel.errors import HostError, SpecError, UserError
-from hostel.spec import Nic, Publish
+from hostel.spec import Limits, Nic, Publish
 
 from .interface import Attachment, GuestLink, Interface
 from .networks import Networks
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from .net.client import Lease
 
 OWN = ("nat", "isolated")
-KEPT = (*OWN, "bridge", "macvtap")
+BRIDGED = (*OWN, "bridge")
+KEPT = (*BRIDGED, "macvtap")
 _OTHERS = {"bridge": "bridge", "macvtap": "", "tap": "tun"}
 """Modes that use an interface of the host's, and the driver that it must have."""
 """Modes with a keeper; all need root."""
@@ -180,6 +181,8 @@ def _leased(networks: Networks, nic: Nic, lease: Lease) -> Attachment:
     mtu = nic.mtu or (answer["mtu"] if answer["mtu"] != 1500 else 0)
     networks.notes += tuple(n for n in answer.get("notes", ()) if n not in networks.notes)
     interface = _interface(nic, backend, answer["target"], mtu)
+    if interface.bridged and nic.limits != Limits():
+        networks._rates.append(partial(lease.limit, msgspec.to_builtins(nic.limits)))
     if nic.mode in OWN:
         return Attachment(interface, _link(nic, answer))
     return _foreign(nic, interface, mtu=answer["mtu"], delay=answer.get("delay", 0))
@@ -221,6 +224,7 @@ def _interface(
         mtu=mtu,
         queues=nic.queues,
         limits=nic.limits,
+        bridged=nic.mode in BRIDGED,
         reason=reason,
     )
 

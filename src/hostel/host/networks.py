@@ -23,6 +23,8 @@ class Networks:
         self._pending: list[Callable[[], Attachment]] = []
         self._attachments: tuple[Attachment, ...] | None = None
         self._undo = contextlib.ExitStack()
+        self._rates: list[Callable[[], None]] = []
+        """How to have the kernel keep the rates of NICs that have any; with ``attachments``."""
         self.notes: tuple[str, ...] = ()
         """What is not ours to mend and still keeps packets back, for the user; with ``attachments``."""
 
@@ -32,6 +34,11 @@ class Networks:
         if self._attachments is None:
             self._attachments = tuple(pending() for pending in self._pending)
         return self._attachments
+
+    def hold_rates(self) -> None:
+        """The host's kernel keeps the NICs' rates: for an engine that does not."""
+        for hold in self._rates:
+            hold()
 
     def close(self) -> None:
         """Give everything back; idempotent."""

@@ -62,6 +62,14 @@ class Lease:
                 raise
         return self._answer
 
+    def limit(self, limits: dict[str, Any]) -> None:
+        """The kernel keeps these rates from now on (``rates``)."""
+        self.answer()
+        assert self._socket is not None
+        with contextlib.suppress(OSError):  # a keeper that has ended does not answer either
+            self._socket.send(msgspec.json.encode(limits))
+        self._understood(self._receive())
+
     def close(self) -> None:
         """Give it back: the keeper sees to the rest. Idempotent."""
         if self._socket is not None:

@@ -14,7 +14,7 @@ from typing import Any
 from hostel.errors import HostError, UserError
 from hostel.vmm.loop import EventLoop
 
-from . import allow, firewall, flows, forwarding, kernel
+from . import allow, firewall, flows, forwarding, kernel, rates
 from .port import reserve
 from .resolver import MAX_ADDRESSES, Resolver
 from .rules import Guest, Port, View, render
@@ -146,6 +146,10 @@ class Network:
         kernel.silence(tap)
         self._load()  # nobody has the tap open before we have answered
 
+    def limit(self, number: int, limits: dict[str, Any]) -> None:
+        """Keep one NIC's rates."""
+        rates.hold(self.state, self._guests[number].tap, limits)
+
     def detach(self, number: int) -> None:
         """Take everything of one NIC away."""
         guest = self._guests.pop(number)
@@ -156,6 +160,7 @@ class Network:
             with contextlib.suppress(HostError):  # not made yet, or taken away by someone else
                 kernel.ip([line])
         self.state.forget("link", guest.tap)
+        rates.release(self.state, guest.tap)
         self._load()
         with contextlib.suppress(
             HostError

@@ -12,7 +12,7 @@ from typing import Any
 from hostel.errors import HostError
 from hostel.vmm.loop import EventLoop
 
-from . import kernel
+from . import kernel, rates
 from .state import State
 
 
@@ -37,11 +37,15 @@ class _Links:
         self.state.note("link", name)
         return self._count, name
 
+    def limit(self, number: int, limits: dict[str, Any]) -> None:
+        rates.hold(self.state, self._links[number], limits)
+
     def detach(self, number: int) -> None:
         name = self._links.pop(number)
         with contextlib.suppress(HostError):  # the host's interface has gone, and took it along
             kernel.ip([f"link del {name}"])
         self.state.forget("link", name)
+        rates.release(self.state, name)
 
 
 class Bridge(_Links):

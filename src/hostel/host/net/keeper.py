@@ -37,6 +37,7 @@ class Fabric(Protocol):
 
     def make(self, loop: EventLoop) -> None: ...
     def attach(self, request: dict[str, Any]) -> tuple[int, dict[str, Any]]: ...
+    def limit(self, number: int, limits: dict[str, Any]) -> None: ...
     def detach(self, number: int) -> None: ...
 
 
@@ -84,11 +85,11 @@ class Keeper:
             data = sock.recv(LIMIT)
         except OSError:
             data = b""
-        if not data or number:
+        if not data:
             self._release(fd)
             return
         try:
-            number, answer = self._answer(json.loads(data))
+            number, answer = self._answer(number, json.loads(data))
         except HostelError as error:
             answer = {"error": _packed(error)}
         self._leases[fd] = (sock, number)
@@ -97,11 +98,15 @@ class Keeper:
         except OSError:
             self._release(fd)
 
-    def _answer(self, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def _answer(self, number: int, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """The first request on a connection is for a lease, further ones for that NIC's rates."""
         if self._problem or self._fabric is None:
             raise self._problem or HelperError("there is no network")
         try:
-            return self._fabric.attach(request)
+            if not number:
+                return self._fabric.attach(request)
+            self._fabric.limit(number, request)
+            return number, {}
         except HostelError:
             raise
         except Exception as error:

@@ -48,6 +48,9 @@ class State:
         with contextlib.suppress(OSError), open(self._path, "w") as file:
             file.writelines(f"{a} {b}\n" for a, b in self._entries)
 
+    def has(self, kind: str, name: str) -> bool:
+        return (kind, name) in self._entries
+
     def in_use(self) -> bool:
         """Whether a machine still has one of the taps open."""
         present = kernel.interfaces()
