@@ -18,7 +18,7 @@ from hostel.spec import Disk, Limits, Rate
 
 MIB = 1 << 20
 PATTERN = os.urandom(MIB)
-QCOW2, OVERLAY, PLAIN, SLOW, VHDX = range(5)
+QCOW2, OVERLAY, PLAIN, SLOW, VHDX, ODD, ODD_OVERLAY = range(7)
 
 pytestmark = [pytest.mark.slow, needs_qemu_img]
 
@@ -49,12 +49,16 @@ def guest(
     for name in ("base.img", "plain.img", "slow.img"):
         (folder / name).write_bytes(PATTERN * 16)
     (folder / "base.img").chmod(0o444)
+    for name in ("odd.img", "odd-base.img"):
+        (folder / name).write_bytes(PATTERN + b"the end")
     disks = (
         Disk(path=str(folder / "disk.qcow2"), queues=2),
         Disk(path=str(folder / "base.img"), overlay=True),
         Disk(path=str(folder / "plain.img"), serial="PLAIN-1", cache="writethrough"),
         Disk(path=str(folder / "slow.img"), limits=Limits(bytes=Rate(per_second=4 * MIB))),
         Disk(path=str(folder / "disk.vhdx")),
+        Disk(path=str(folder / "odd.img")),
+        Disk(path=str(folder / "odd-base.img"), overlay=True),
     )
     with hostel.Machine(engine=request.param, disks=disks, memory=256 * MIB, cpus=2) as vm:
         yield Guest(vm, folder)
@@ -77,6 +81,16 @@ def test_formats_carry_the_same_bytes(guest: Guest) -> None:
         guest.sh("echo 3 > /proc/sys/vm/drop_caches")
         found = guest.sh(f"dd if=/dev/{device} bs=1M skip=8 count=1 status=none | sha256sum")
         assert found.split()[0] == hashlib.sha256(PATTERN).hexdigest()
+
+
+@pytest.mark.parametrize("disk", ["vdf", "vdg"])
+def test_a_size_that_is_no_multiple_of_a_sector(guest: Guest, disk: str) -> None:
+    """The same on every engine: nothing of the file is hidden, and zeroes fill its last sector."""
+    assert guest.sh(f"blockdev --getsize64 /dev/{disk}") == str(MIB + 512)
+    assert guest.sh(f"tail -c 512 /dev/{disk} | tr -d '\\0'") == "the end"
+    writing = f"dd of=/dev/{disk} bs=1 seek={MIB + 500} conv=fsync status=none"
+    guest.sh(f"printf 'is written' | {writing}")
+    assert guest.sh(f"tail -c 12 /dev/{disk} | tr -d '\\0'") == "is written"
 
 
 def test_an_overlay_keeps_what_is_written_to_itself(guest: Guest) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from hostel.abi import virtio as abi
 from hostel.errors import ImageError
+from hostel.spec import CacheMode
 from hostel.virtio import blk_file
 from hostel.virtio import block as block_module
 from hostel.virtio.blk_file import DiskFile
@@ -266,6 +267,31 @@ def test_growth_reaches_the_guest(disk: Disk, image: Path) -> None:
 def test_a_file_cut_short_behind_our_back(disk: Disk, image: Path) -> None:
     os.truncate(image, MIB)
     assert disk.read(4 * MIB // 512, 512)[0] == IOERR
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("cache", ["writeback", "none"])
+@pytest.mark.parametrize("length", [1, 511, MIB + 1, MIB + 4096 + 700])
+def test_a_file_that_ends_within_a_sector(
+    rig: Rig, image: Path, cache: CacheMode, length: int
+) -> None:
+    """As QEMU has it: the sector is whole, zeroes are added, and it is there to be written."""
+    os.truncate(image, length)
+    content = image.read_bytes().ljust(-(-length // 512) * 512, b"\0")
+    disk = disk_on(rig, Block(rig.loop, str(image), name="disk", cache=cache))
+    sectors = len(content) // 512
+    assert disk.driver.config(abi.BLK_CONFIG.offsets["capacity"], 8) == sectors
+    first = max(0, sectors - 16)
+    assert disk.read(first, (sectors - first) * 512) == (OK, content[first * 512 :])
+    assert disk.read(sectors - 1, 512) == (OK, content[-512:])
+    assert disk.read(sectors, 512)[0] == IOERR
+    assert image.stat().st_size == length, "reading changes nothing"
+    data = os.urandom(512)
+    assert disk.write(sectors - 1, data) == OK
+    assert image.read_bytes() == content[:-512] + data
+    assert disk.read(sectors - 1, 512) == (OK, data)
+    os.truncate(image, length - 1)
+    assert disk.read(sectors - 1, 512)[0] == IOERR, "cut short behind our back"
 
 
 def test_state_moves(rig: Rig, image: Path) -> None:

@@ -221,8 +221,9 @@ def size_of(layer: Layer) -> int:
 
 
 def _raw_size(path: Path) -> int:
+    """A part of a sector at the end is shown as a whole one, as QEMU does it."""
     with path.open("rb") as file:
-        return file.seek(0, os.SEEK_END) >> 9 << 9
+        return -(-file.seek(0, os.SEEK_END) >> 9 << 9)
 
 
 # MS-VHDX §2.2.3 (region table), §2.6 (metadata): identifiers, as they lie in the file.

@@ -44,6 +44,9 @@ class DiskFile:
     """Offsets and lengths are bytes. ``OSError`` where the host fails; the device answers for it.
 
     Who writes holds the file alone: two machines on one image would destroy it.
+
+    The capacity is in sectors (virtio 1.2 §5.2.4). A file that ends within one has it whole, as QEMU does it:
+    what is missing reads as zeroes, and the file grows when it is written.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class DiskFile:
         mode = os.fstat(self.fd).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             raise ImageError(f"disk {self.path} is neither a file nor a block device")
-        if os.lseek(self.fd, 0, os.SEEK_END) < SECTOR:
+        if not os.lseek(self.fd, 0, os.SEEK_END):
             raise ImageError(
                 f"disk {self.path} is empty", cure="truncate -s 10G makes a sparse one"
             )
@@ -113,7 +116,8 @@ class DiskFile:
         return max(1, min(size, MAX_BLOCK) // SECTOR).bit_length() - 1
 
     def _measure(self) -> int:
-        return os.lseek(self.fd, 0, os.SEEK_END) // SECTOR * SECTOR
+        self._end = os.lseek(self.fd, 0, os.SEEK_END)
+        return -(-self._end // SECTOR) * SECTOR
 
     @property
     def data_fd(self) -> int:
@@ -212,9 +216,14 @@ class DiskFile:
     def _transfer(
         self, call: Callable[..., int], buffers: Sequence[memoryview], offset: int, flags: int
     ) -> None:
-        """All of it, however little a call does; the file ending early is an error."""
+        """All of it, however little a call does; the file ending early is an error, unless it has from the
+        start, within its last sector."""
         while buffers:
             done = self._once(call, buffers, offset, flags)
+            if not done and call is os.preadv and offset == self._end:
+                for view in buffers:
+                    view[:] = bytes(len(view))
+                return
             if not done:
                 raise OSError(errno.EIO, "the file is shorter than the disk")
             if done == total(buffers):
