@@ -265,6 +265,7 @@ def test_what_a_guests_kernel_waits_for() -> None:
         "cli.boot",
         "disks",
         "host.attaching",
+        "host.descriptors",
         "host.runtime",
         "machine",
         "prepare",

@@ -94,12 +94,14 @@ class Machine:
 
     def start(self) -> Machine:
         """Power on. Returns as soon as the guest runs; any HostelError leaves nothing behind."""
+        from .host import descriptors
         from .host.attaching import attached
         from .host.runtime import Runtime, sweep
 
         with self._lock:
             if self._engine is not None or self._ending is not None:
                 raise MachineStopped("a machine can be started once")
+            descriptors.ensure(self.spec)
             self._begun = time.monotonic()
             try:
                 self._runtime = self._undo.enter_context(Runtime(self.spec.name))

@@ -167,7 +167,6 @@ def test_what_contradicts_itself(net: list[Nic | None], allow: list[str], messag
         (["--net", "vhost-user=/nosuch"], "no socket"),
         (["--net", "nat,model=e1000", "--transport", "mmio"], "PCI device"),
         (["--net", "nat,mac=02:00:00:00:00:01"] * 2, "same MAC"),
-        (["--net", "user,bps=1M", "--engine", "qemu"], "cannot limit the rate"),
     ],
 )
 def test_what_cannot_be_is_said_before_the_start(

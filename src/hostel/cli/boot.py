@@ -137,11 +137,13 @@ def _check_alone(context: click.Context) -> None:
 @contextlib.contextmanager
 def _started(spec: MachineSpec) -> Iterator[Engine]:
     from hostel import disks
+    from hostel.host import descriptors
     from hostel.host.attaching import attached
     from hostel.host.runtime import Runtime, sweep
     from hostel.machine import make_engine
     from hostel.prepare import prepare_raw
 
+    descriptors.ensure(spec)
     with Runtime(spec.name) as runtime, attached(spec, runtime.path) as networks:
         plan = prepare_raw(spec, runtime.path, networks=networks)
         opt.announce(plan)
