@@ -94,9 +94,8 @@ class Machine:
 
     def start(self) -> Machine:
         """Power on. Returns as soon as the guest runs; any HostelError leaves nothing behind."""
-        from .host import descriptors
+        from .host import descriptors, runtime
         from .host.attaching import attached
-        from .host.runtime import Runtime, sweep
 
         with self._lock:
             if self._engine is not None or self._ending is not None:
@@ -104,7 +103,7 @@ class Machine:
             descriptors.ensure(self.spec)
             self._begun = time.monotonic()
             try:
-                self._runtime = self._undo.enter_context(Runtime(self.spec.name))
+                self._runtime = self._undo.enter_context(runtime.Runtime(self.spec.name))
                 networks = self._undo.enter_context(attached(self.spec, self._runtime.path))
                 self._undo.callback(self._power.close)
                 self._power_on(networks)
@@ -112,7 +111,7 @@ class Machine:
                 self._undo.close()
                 raise
             finally:
-                sweep()  # now that the guest runs there is time for what others left
+                runtime.sweep()  # now that the guest runs there is time for what others left
         return self
 
     def _power_on(self, networks: Networks | None = None) -> None:
@@ -175,8 +174,7 @@ class Machine:
             self._hello = hello
 
     def stop(self, timeout: float = STOP_SECONDS) -> None:
-        """End the machine; idempotent. A guest with a writable disk is told to shut down, and gets
-        ``timeout`` seconds for it."""
+        """End the machine; idempotent. With a writable disk the guest has ``timeout`` to shut down."""
         with self._lock:
             if self._engine is not None and self._ending is None:
                 if self._hello and any(drive.keeps_writes for drive in self.plan.disks):
