@@ -283,5 +283,5 @@ def _notes(spec: MachineSpec) -> Iterator[str]:
             "the host may run out"
         )
     cpus = os.cpu_count() or 1
-    if spec.cpus > cpus:
+    if spec.cpus > cpus and spec.engine != "soft":  # whose vCPUs take turns on one pCPU anyway
         yield f"{spec.cpus} vCPUs share {cpus} pCPUs: they will wait for one another"

@@ -249,6 +249,8 @@ def _long(state: CpuState, memory: Memory, event: Event, return_rip: int) -> Non
         rsp = state.gpr[RSP]
     if not canonical(rsp):
         raise Fault(SS, external)
+    if not canonical(gate.offset):
+        raise Fault(GP, external)
     if ring < state.cpl:
         stack = Segment(ring, 0, 0, RIGHTS_UNUSABLE | ring << 5)
     frame = [state.ss.selector, state.gpr[RSP], _pushed_flags(state, event)]

@@ -12,8 +12,9 @@ from hostel.errors import HostError
 from hostel.soft.exceptions import BP, DB, GP, OF, PF, SS, UD, WITH_ERROR_CODE
 from hostel.soft.physical import PAGE
 from hostel.soft.silicon import Access, EptFault, Event, EventType, PageFault, Reason, VmExit
-from hostel.soft.state import RSP
+from hostel.soft.state import RSP, canonical
 
+from .astray import entered, last_branch, made_canonical
 from .counter import Block
 from .engine import EXCEPTION, ILLEGAL
 from .env import EIP, IS_INT
@@ -63,6 +64,9 @@ class Stops:
             return self._trap(OF)
         if vector == DB:
             core.count(spent)
+            if env.hflags & HF_CS64 and not entered(env.rip):
+                self._take_back()
+                raise Fault(GP, 0)
             return core.raise_fault(Fault(DB, dr6=STEP | core.hits))
         core.count(spent - self._unfinished())
         raise Fault(vector, env.error_code & 0xFFFF if vector in WITH_ERROR_CODE else None)
@@ -94,6 +98,9 @@ class Stops:
             if not self._crosses(instruction):
                 return core.one()
         if isinstance(fault, NotCanonical):
+            if access is Access.FETCH and not canonical(env.rip):
+                self._take_back()
+                raise Fault(GP, 0)
             raise Fault(SS if self._on_stack(exact) else GP, 0)
         if isinstance(fault, PageFault):
             raise Fault(PF, fault.code, cr2=exact)
@@ -101,6 +108,21 @@ class Stops:
         if fault.qualification & _FINAL or fault.reason != Reason.EPT_VIOLATION:
             physical = physical & ~(PAGE - 1) | exact % PAGE
         raise EptFault(fault.reason, fault.qualification, exact, physical)
+
+    def _take_back(self) -> None:
+        """RIP is no address: who has set it so never ran."""
+        core, env = self._core, self._core.engine.env
+        if core.before:
+            env.bytes[: len(core.before)] = core.before
+            env.note_segments()
+            return
+        block = Block(core.engine.context.block) if core.engine.context.block else None
+        branch = last_branch(core.view.code(block.pc, block.size)) if block else None
+        if block and branch:
+            env.set_rip(block.pc + branch.offset)
+            env.u64[RSP] = env.u64[RSP] - branch.stack & 2**64 - 1
+        elif not entered(env.rip):
+            env.set_rip(made_canonical(env.rip))
 
     def _on_stack(self, address: int) -> bool:
         """An access by SS, said or implied, is #SS where others are #GP (SDM vol. 3A §6.15)."""

@@ -46,6 +46,7 @@ from hostel.soft.state import ACTIVE, BLOCKED_BY_NMI, HALTED, RFLAGS_IF, CpuStat
 from . import vmcb
 from .delivery import ept_exit
 from .npt import NestedTables
+from .svm_astray import is_astray, take_back
 from .svm_decode import LONGEST, Fetcher
 from .svm_env import Environment, translation_key
 from .svm_exit import Exit, on_top, software_event
@@ -60,11 +61,8 @@ _OWN_PAGES = 1024
 _MSRPM_PAGES = 2
 _FOREVER = 1 << 62
 _EXTERNAL, _TIMER = int(Pin.EXTERNAL_INTERRUPT), int(Pin.PREEMPTION_TIMER)
-_WINDOW, _NMI_WINDOW, _HLT = (
-    int(Primary.INTERRUPT_WINDOW),
-    int(Primary.NMI_WINDOW),
-    int(Primary.HLT),
-)
+_WINDOW, _NMI_WINDOW = int(Primary.INTERRUPT_WINDOW), int(Primary.NMI_WINDOW)
+_HLT = int(Primary.HLT)
 _EPT, _DESCRIPTOR_TABLE = int(Secondary.EPT), int(Secondary.DESCRIPTOR_TABLE)
 _WITHOUT_INSTRUCTION = {
     vmcb.SHUTDOWN: Reason.TRIPLE_FAULT,
@@ -227,7 +225,7 @@ class SvmCore:
             self._fill_missing()
         self._environment.load(state, bool(nested))
         self._vmcb.write(controls, state, nested)
-        self._shared.address = 0
+        self._shared.address = self._shared.before = 0
         self._shared.cr3 = _ANY if nested else state.cr3
         self._injected, self._events = event, self._shared.events
         request = REQUEST_WINDOW if controls.primary & _WINDOW else 0
@@ -260,6 +258,9 @@ class SvmCore:
         if self._switched():
             state.cr3 = shared.cr3
             return VmExit(Reason.TASK_SWITCH), None  # half done, and to none that could be named
+        if state.bits == 64 and is_astray(state, shared):
+            self._vectoring()  # whatever this exit is for (a window, a single step): the #GP comes before
+            return take_back(state, self._controls, shared, self._walk_code)
         if not shared.exit:
             return self._stopped(), None
         vectoring = self._vectoring()
@@ -320,8 +321,8 @@ class SvmCore:
         if exit.code in (vmcb.SYSCALL, vmcb.SYSENTER):
             self._shared.budget -= 1
             return None, fast_call(exit)
-        if exit.code == vmcb.TR_WRITE:
-            return self._load_task(exit)
+        if exit.code in (vmcb.IDTR_WRITE, vmcb.GDTR_WRITE, vmcb.TR_WRITE):
+            return self._load_table(exit)
         halts = exit.code == vmcb.HLT
         result = self._hlt(exit) if halts else HANDLERS[exit.code](exit, self._physical)
         if exit.inject is not None:
@@ -377,13 +378,13 @@ class SvmCore:
         shared.budget += rest - 1
         return self._after() if shared.exit or self._switched() else (None, None)
 
-    def _load_task(self, exit: Exit) -> tuple[VmExit | None, Event | None]:
-        """LTR. A null selector is #GP(0); QEMU takes it, and aborts at the next switch of stacks."""
+    def _load_table(self, exit: Exit) -> tuple[VmExit | None, Event | None]:
+        """LGDT, LIDT, LTR. QEMU takes what is #GP(0): a base that is not canonical, which VM entry refuses; a
+        null selector, and aborts at the next switch of stacks."""
         if self._controls.secondary & _DESCRIPTOR_TABLE:
             return HANDLERS[exit.code](exit, self._physical), None
-        if exit.operand() & 0xFFFC:
-            return self._step(exit.code)
-        return self._on_top(None, fault(GP))
+        good = exit.operand() & 0xFFFC if exit.code == vmcb.TR_WRITE else exit.has_good_base()
+        return self._step(exit.code) if good else self._on_top(None, fault(GP))
 
     def _on_top(self, first: Event | None, second: Event) -> tuple[VmExit | None, Event | None]:
         return on_top(first, second, self._controls.exception_bitmap)

@@ -11,7 +11,7 @@ from hostel.soft.exceptions import DF, TripleFault, combine
 from hostel.soft.physical import PhysicalMemory
 from hostel.soft.register_checks import Pointers
 from hostel.soft.silicon import Controls, Event, EventType, Primary, Reason, VmExit
-from hostel.soft.state import CpuState
+from hostel.soft.state import CpuState, canonical
 
 from . import svm_decode as decode
 
@@ -57,6 +57,13 @@ class Exit(msgspec.Struct):
             data = self.read(decode.linear_address(instruction, self.state), 2)
             return int.from_bytes(data, "little")
         return self.state.gpr[decode.number(instruction.op0_register)] & 0xFFFF
+
+    def has_good_base(self) -> bool:
+        """Of LGDT's and LIDT's operand; may raise ``PageFault``."""
+        if self.state.bits != 64:
+            return True
+        data = self.read(decode.linear_address(self.instruction, self.state), 10)
+        return canonical(int.from_bytes(data[2:], "little"))
 
     def skip(self) -> VmExit | None:
         """No VM exit: the instruction is done."""

@@ -71,6 +71,8 @@ class Shared(Note):
     size: int
     cr3: int
     """What it has to be, or all ones."""
+    before: int
+    """The block that ran when code was last fetched through a TLB miss."""
     _fields_: ClassVar[Sequence[tuple[str, type[Any]]]] = (
         ("exit", ctypes.c_uint64),
         ("address", ctypes.c_uint64),
@@ -95,6 +97,7 @@ class Shared(Note):
         ("flush", ctypes.c_uint64),
         ("patience", ctypes.c_uint64),
         ("cr3", ctypes.c_uint64),
+        ("before", ctypes.c_uint64),
     )
 
 

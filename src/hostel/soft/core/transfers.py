@@ -34,6 +34,7 @@ from hostel.soft.state import (
     RFLAGS_VM,
     RSP,
     Segment,
+    canonical,
 )
 
 from . import tasks
@@ -81,7 +82,7 @@ def sysret(core: TranslatingCore, instruction: Instruction) -> Result:
 
     to64 = instruction.mnemonic == Mnemonic.SYSRETQ
     target = state.gpr[RCX] if to64 else state.gpr[RCX] & _LOW
-    if target >> 47 not in (0, 0x1_FFFF):
+    if not canonical(target):
         raise Fault(GP, 0)
     state.rip = target
     state.rflags = state.gpr[R11] & 0x3C_7FD7 & ~RFLAGS_VM | 2
@@ -114,6 +115,8 @@ def sysexit(core: TranslatingCore, instruction: Instruction) -> Result:
 
     to64 = instruction.mnemonic == Mnemonic.SYSEXITQ
     mask = 2**64 - 1 if to64 else _LOW
+    if to64 and not (canonical(state.gpr[RDX]) and canonical(state.gpr[RCX])):
+        raise Fault(GP, 0)
     state.rip, state.gpr[RSP] = state.gpr[RDX] & mask, state.gpr[RCX] & mask
     state.cs = _flat(selector + (32 if to64 else 16) | 3, _CODE64 if to64 else _CODE32, True)
     state.ss = _flat(selector + (40 if to64 else 24) | 3, _DATA, True)
@@ -214,11 +217,22 @@ def descriptor_table(core: TranslatingCore, instruction: Instruction) -> Result:
     loads = instruction.mnemonic in (Mnemonic.LGDT, Mnemonic.LIDT, Mnemonic.LLDT, Mnemonic.LTR)
     if loads:
         need_ring0(core.state)
+        _check_base(core, instruction)
     if core.controls.secondary & Secondary.DESCRIPTOR_TABLE:
         system = (Mnemonic.LLDT, Mnemonic.LTR, Mnemonic.SLDT, Mnemonic.STR)
         reason = Reason.LDTR_TR if instruction.mnemonic in system else Reason.GDTR_IDTR
         return leave(reason, instruction, instruction.memory_displacement)
     return Outcome.IMPLICIT
+
+
+def _check_base(core: TranslatingCore, instruction: Instruction) -> None:
+    """Of LGDT and LIDT, which the core takes as it comes; VM entry does not (SDM vol. 3C §26.3.1.3)."""
+    from iced_x86 import Mnemonic
+
+    if core.state.bits == 64 and instruction.mnemonic in (Mnemonic.LGDT, Mnemonic.LIDT):
+        address = operand_address(core.state, instruction, 10, Access.READ)
+        if not canonical(core.memory.read(address, 10) >> 16):
+            raise Fault(GP, 0)
 
 
 def as_it_stands(_core: TranslatingCore, _instruction: Instruction) -> Result:

@@ -49,9 +49,9 @@ from hostel.soft.state import (
 from .breakpoints import fetched, touched
 from .delivery import SHADOWED, Delivery, ept_exit
 from .engine import FOREVER, FULL, TO_SCAN, Engine
-from .env import EFLAGS, FPU, FPU_END, segmented
+from .env import CR, EFLAGS, FPU, FPU_END, segmented
 from .events import STEP, Fault
-from .flags import HF_CS64, HF_INHIBIT, TIGHT_CS
+from .flags import HF_CS64, HF_INHIBIT, HF_LMA, TIGHT_CS
 from .instructions import STATELESS, Handlers
 from .linear import LinearMemory
 from .outcome import Outcome
@@ -89,6 +89,8 @@ class TranslatingCore:
         self.stops = Stops(self)
         self.hits = 0
         """Breakpoints on data that the instruction being executed hits."""
+        self.before = b""
+        """The registers, as an instruction that loads segments found them, while it runs in long mode."""
         self._synced = self._cut = False
         self._left = FOREVER
         self._kick = threading.Event()
@@ -325,10 +327,11 @@ class TranslatingCore:
         limited = env.hflags & (TIGHT_CS | HF_CS64) == TIGHT_CS
         landing = Landing(env, instruction.len) if limited else None
         self.translations.implicit = implicit
+        self.before = bytes(env.bytes[:CR]) if implicit and env.hflags & HF_LMA else b""
         try:
             exit = self._go(1, cut=True)
         finally:
-            self.translations.implicit = False
+            self.translations.implicit, self.before = False, b""
         if exit is None and not self._synced:
             env.note_segments()
             if landing:

@@ -52,11 +52,11 @@ class Translations:
         core, view, access = self._core, self._core.view, Access(kind)
         if view.making:
             return view.frames.get(page // PAGE, 0), _READ | _EXECUTE
+        if core.engine.env.hflags & HF_CS64 and page >> 47 not in (0, 0x1_FFFF):
+            self.refused = NotCanonical(), access  # of a fetch: it is the last instruction's fault
+            return None
         if access is Access.FETCH and core.engine.context.budget <= 0:
             self.at_limit = True
-            return None
-        if core.engine.env.hflags & HF_CS64 and page >> 47 not in (0, 0x1_FFFF):
-            self.refused = NotCanonical(), access
             return None
         try:
             found = self.ask(page, access, self._is_user(page))

@@ -21,7 +21,7 @@ from hostel.soft.state import CpuState
 # Exit codes (APM vol. 2 appendix C). The intercept bit of a code from 0x60 on is the code less 0x60.
 READ_CR, WRITE_CR, READ_DR, WRITE_DR, EXCEPTION = 0x00, 0x10, 0x20, 0x30, 0x40
 EXCEPTIONS = range(EXCEPTION, EXCEPTION + 32)
-VINTR, IDTR_READ, TR_WRITE = 0x64, 0x66, 0x6D
+VINTR, IDTR_READ, IDTR_WRITE, GDTR_WRITE, TR_WRITE = 0x64, 0x66, 0x6A, 0x6B, 0x6D
 RDTSC, RDPMC, CPUID, IRET, SWINT, INVD, PAUSE, HLT = (
     0x6E,
     0x6F,
@@ -48,7 +48,10 @@ NPF, SYSCALL, SYSENTER, TASK = 0x400, 0x4F0, 0x4F1, 0x4F2
 _BP, _OF, _UD, _TS, _NP, _SS, _GP, _PF = 3, 4, 6, 10, 11, 12, 13, 14
 _CHECKED_EXCEPTIONS = 1 << _UD | 1 << _TS | 1 << _NP | 1 << _SS | 1 << _GP
 """#UD: it may be an instruction of VMX. The others: met in a delivery, QEMU's error code is wrong."""
-_ALWAYS = (RDTSC, CPUID, INVD, HLT, IOIO, MSR, SHUTDOWN, ICEBP, MONITOR, MWAIT, RDPMC, TR_WRITE)
+_ALWAYS = (
+    *(RDTSC, CPUID, INVD, HLT, IOIO, MSR, SHUTDOWN, ICEBP, MONITOR, MWAIT, RDPMC),
+    *(IDTR_WRITE, GDTR_WRITE, TR_WRITE),
+)
 _BY_PRIMARY = (
     (Primary.INVLPG, INVLPG),
     (Primary.PAUSE, PAUSE),
