@@ -33,7 +33,9 @@ from hostel.errors import HostelError, HostError, SpecError, UserError
 from hostel.host import runtime
 from hostel.host.interface import Attachment
 from hostel.host.network import attach, preview
-from hostel.spec import Nic, Publish
+from hostel.spec import Limits, Nic, Publish, Rate
+
+LIMITS = Limits(bytes=Rate(per_second=1 << 20))
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
@@ -44,7 +46,9 @@ from hostel.host.network import attach
 from hostel.spec import Nic, Publish
 nics, publish = msgspec.json.decode(sys.argv[1], type=tuple[list[Nic], list[Publish]])
 networks = attach(nics, publish, Path(sys.argv[2]), sys.argv[3], cpus=2)
-print(msgspec.json.encode(networks.attachments).decode(), flush=True)
+attachments = networks.attachments
+networks.hold_rates()
+print(msgspec.json.encode(attachments).decode(), flush=True)
 time.sleep(600)
 """
 
@@ -105,7 +109,11 @@ def keepers() -> list[int]:
 
 
 def test_all_goes_when_the_machine_is_killed(host: Namespace, tmp_path: Path) -> None:
-    nics = (Nic(allow=("192.0.2.1",), queues=2), Nic(mode="isolated"), Nic(target="m" * 63))
+    nics = (
+        Nic(allow=("192.0.2.1",), queues=2),
+        Nic(mode="isolated", limits=LIMITS),
+        Nic(target="m" * 63),
+    )
     with machine(tmp_path, "one", *nics, publish=(Publish(host=8080, guest=80),)) as victim:
         assert len(attachments(victim)) == 3
         pids = keepers()
@@ -154,11 +162,13 @@ def test_machines_that_start_at_once_share_one_network(host: Namespace, tmp_path
 
 
 def test_a_killed_keeper_is_cleared_away_after(host: Namespace, tmp_path: Path) -> None:
-    with machine(tmp_path, "one", Nic(), publish=(Publish(host=8080, guest=80),)) as victim:
+    nic = Nic(limits=LIMITS)
+    with machine(tmp_path, "one", nic, publish=(Publish(host=8080, guest=80),)) as victim:
         (pid,) = keepers()
         os.kill(pid, signal.SIGKILL)
         assert gone_within(pid, 5)
         victim.kill()
+        assert "limit octets" in host.run("nft list ruleset")
         assert "hostel0" in host.run("ip -o link")
         assert any(name.startswith(".net-nat") for name in runtime.sweep())
 
