@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from cli.hostel_command import Hostel
+from cli.hostel_command import HOSTEL, Hostel
 from hostel.soft import mini
+from hostel.soft.record import log
 
 
 @pytest.mark.parametrize("name", ["hello", "sector"])
@@ -36,22 +40,42 @@ def test_engine_qemu_boots_no_sectors(hostel: Hostel) -> None:
 
 def test_record_and_replay(hostel: Hostel, tmp_path: Path) -> None:
     pytest.importorskip("unicorn", reason="the extra `soft` is not installed")
-    log = str(tmp_path / "log")
+    path = str(tmp_path / "log")
     machine = ("--engine", "soft", "--cpus", "2", "-m", "64M", "--kernel", str(mini.image("ipi")))
-    first = hostel("boot", "-q", *machine, "--record", log)
+    first = hostel("boot", "-q", *machine, "--record", path)
     assert (first.returncode, first.stderr) == (1, b"")
-    again = hostel("boot", "--replay", log, "--verbose")
+    again = hostel("boot", "--replay", path, "--verbose")
     assert (again.returncode, again.stdout) == (1, first.stdout)
     assert again.stderr.endswith(
-        f"hostel: the replay of {log} was the same, to the last register\n".encode()
+        f"hostel: the replay of {path} was the same, to the last register\n".encode()
     )
-    with Path(log).open("ab") as file:
+    with Path(path).open("ab") as file:
         file.write(b"more\n")
-    cut = hostel("boot", "--replay", log)
+    cut = hostel("boot", "--replay", path)
     assert (cut.returncode, cut.stdout) == (125, b"")
     assert cut.stderr == (
-        f"hostel: the log {log} has no end: its recording was cut off; record the machine anew\n".encode()
+        f"hostel: the log {path} has no end: its recording was cut off; record the machine anew\n".encode()
     )
+
+
+def test_a_second_interrupt_leaves_the_recording_whole(tmp_path: Path) -> None:
+    pytest.importorskip("unicorn", reason="the extra `soft` is not installed")
+    path = tmp_path / "log"
+    kernel = str(mini.image("compute", rounds=mini.guests.MOST))
+    machine = [HOSTEL, "boot", "--engine", "soft", "-m", "256M", "--kernel", kernel]
+    with subprocess.Popen(
+        [*machine, "--record", path], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        end = time.monotonic() + 60
+        while not path.exists() or b'"mark"' not in path.read_bytes():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        for _ in range(3):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.005)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, b"")
+    assert log.read(path).entries[-1].kind == "off"
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from hostel.spec import DEFAULT_MEMORY, MachineSpec, Root, Soft, decode
 
 from . import network, terminal
 from . import options as opt
-from .entry import OK, TIMED_OUT
+from .entry import OK, TIMED_OUT, hear_one_interrupt
 from .options import option
 from .say import say
 
@@ -100,6 +100,8 @@ def command(timeout: float | None, **given: Any) -> int:
     soft = {name: value for name in _SOFT if (value := given.pop(name))}
     given["soft"] = Soft(**soft) if soft else None
     spec = MachineSpec(**given, root=Root(kind="none"))
+    if soft.get("record"):
+        hear_one_interrupt()
     with _started(spec) as engine:
         return _Session(engine).run(timeout)
 

@@ -104,7 +104,8 @@ def command_line(argv: Sequence[str]) -> int:
     _open_streams()
     code = _run(list(argv))
     # Python's own end shows a traceback of an exception; a further Ctrl-C must not change the exit code.
-    _signals(_interrupt, signal.SIG_IGN, (signal.SIGINT,))
+    for handler in (_interrupt, _interrupt_once):
+        _signals(handler, signal.SIG_IGN, (signal.SIGINT,))
     _signals(_interrupt, signal.SIG_DFL)
     try:
         sys.stdout.flush()
@@ -140,6 +141,16 @@ def _signals(
 
 def _interrupt(number: int, _frame: object) -> None:
     """Leave by an exception, so that every ``finally`` is run."""
+    raise EndedBySignal(number)
+
+
+def hear_one_interrupt() -> None:
+    """A second Ctrl-C is not heard: what the first one leaves has to be finished (a recording's seal)."""
+    _signals(_interrupt, _interrupt_once, (signal.SIGINT,))
+
+
+def _interrupt_once(number: int, _frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)
     raise EndedBySignal(number)
 
 
