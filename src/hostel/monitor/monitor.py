@@ -273,6 +273,8 @@ class Monitor:
 
     def _end(self, report: Ending) -> None:
         """The first report counts."""
+        if self._soft is not None:
+            report = self._soft.ending(report)
         with self._lock:
             if self._report is not None:
                 return

@@ -52,8 +52,13 @@ class SoftSide:
         return None
 
     def _over(self, end: log.End) -> None:
-        ending = {"kind": end.kind, "detail": end.detail, "code": end.code}
-        self._replayed(msgspec.convert(ending, Ending))
+        self._replayed(_ending(end))
+
+    def ending(self, ending: Ending) -> Ending:
+        """What counts, if the machine ends like this. On the thread that ends it."""
+        if self.inputs is None:
+            return ending
+        return _ending(self.inputs.ending(log.End(ending.kind, ending.code, ending.detail, "", ())))
 
     def system(self) -> System:
         return System(paging=self._how.paging, trap=self._how.trap, inputs=self.inputs)
@@ -96,6 +101,10 @@ class SoftSide:
             self.inputs.close()
         if self._trace is not None:
             self._trace.close()
+
+
+def _ending(end: log.End) -> Ending:
+    return msgspec.convert({"kind": end.kind, "detail": end.detail, "code": end.code}, Ending)
 
 
 def _soft(vm: object) -> Vm:

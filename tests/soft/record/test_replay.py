@@ -153,6 +153,20 @@ def test_resets(tmp_path: Path) -> None:
     assert [entry.kind for entry in log.read(path).entries].count("on") >= 3
 
 
+@pytest.mark.parametrize("source", [RESET, "; lidt none; int3; none: .word 0; .long 0"])
+def test_a_stop_that_came_before_the_guests_own_ending(source: str, tmp_path: Path) -> None:
+    """In the same slice: it is let run to its end."""
+    path = tmp_path / "log"
+    slow = "mov $'>', %al; out %al, $0xe9; mov $4000000, %ecx; 1: dec %ecx; jnz 1b"
+    with made(slow + source, recording(Soft(), path)) as monitor:
+        monitor.console.wait_for(b">", PATIENCE)
+        monitor.stop()
+        assert monitor.wait(0) == Ending("stopped")
+    last = log.read(path).entries[-1]
+    assert last.instructions > 8_000_000  # it did get to its ending
+    assert replay(slow + source, Soft(), path) == (Ending("stopped"), b">")
+
+
 # -- what is not the same ---------------------------------------------------------------------
 
 
