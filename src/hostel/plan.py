@@ -116,7 +116,8 @@ class Ending(msgspec.Struct, frozen=True):
 
     ``poweroff`` and ``reset`` are the guest's own doing; ``panic`` is a kernel panic, ``crash`` a triple
     fault or an exit that the hypervisor cannot handle; ``debug-exit`` is the debug exit port, with its
-    ``code``; ``stopped`` is ours; ``error`` the engine's own failure.
+    ``code``; ``stopped`` is ours, with the ``code`` of who did it and, on engine ``soft``, where the guest
+    then was; ``error`` the engine's own failure.
     """
 
     kind: EndingKind
@@ -160,8 +161,8 @@ class Engine(Protocol):
     def wait(self, timeout: float | None = None) -> Ending | None:
         """How the machine ended, or None if it still runs after ``timeout`` seconds."""
 
-    def stop(self) -> None:
-        """End it at once; idempotent."""
+    def stop(self, code: int = 0) -> None:
+        """End it at once; idempotent. ``code``: the caller's exit code for it, kept in the ending."""
 
     def resize_disk(self, index: int, size: int) -> None:
         """The disk has ``size`` bytes from now on: the file is made so unless a daemon has done it, and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cli.hostel_command import HOSTEL, Hostel
+from guests.machine import SPIN, kernel, say
 from hostel.soft import mini
 from hostel.soft.record import log
 
@@ -74,7 +76,8 @@ def test_a_second_interrupt_leaves_the_recording_whole(tmp_path: Path) -> None:
             process.send_signal(signal.SIGINT)
             time.sleep(0.005)
         _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (130, b"")
+    assert process.returncode == 130
+    assert re.fullmatch(rb"(hostel: the machine was stopped: vCPU 0 .*\n)?", said)
     assert log.read(path).entries[-1].kind == "off"
 
 
@@ -98,3 +101,54 @@ def test_wrong_words_of_record_and_replay(
     assert (result.returncode, result.stdout) == (125, b"")
     assert words in result.stderr
     assert result.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "cpus", "where"),
+    [
+        (
+            "cli; hlt",
+            1,
+            "vCPU 0 is halted at RIP 0x10000e with interrupts off: nothing can wake it",
+        ),
+        ("cli; 1: jmp 1b", 1, "vCPU 0 runs at RIP 0x10000d, interrupts off"),
+        (
+            "cli; hlt",
+            2,
+            "vCPU 0 is halted at RIP 0x10000e with interrupts off: only an NMI or INIT can wake it; "
+            "vCPU 1 waits for its start-up message",
+        ),
+    ],
+)
+def test_where_it_was_when_its_time_was_over(
+    hostel: Hostel, tmp_path: Path, source: str, cpus: int, where: str
+) -> None:
+    """And a replay's exit code and words are the recorded machine's."""
+    pytest.importorskip("unicorn", reason="the extra `soft` is not installed")
+    image, log = tmp_path / "kernel", str(tmp_path / "log")
+    image.write_bytes(kernel(source))
+    machine = ("--engine", "soft", "--cpus", str(cpus), "-m", "64M", "--kernel", str(image))
+    first = hostel("boot", "-q", *machine, "--record", log, "--timeout", "1")
+    assert first.returncode == 124
+    assert first.stderr == f"hostel: the machine's time is over (--timeout): {where}\n".encode()
+    again = hostel("boot", "-q", "--replay", log)
+    assert (again.returncode, again.stderr) == (first.returncode, first.stderr)
+
+
+def test_where_it_was_at_ctrl_c(tmp_path: Path) -> None:
+    pytest.importorskip("unicorn", reason="the extra `soft` is not installed")
+    image = tmp_path / "kernel"
+    image.write_bytes(kernel(say("x") + SPIN))
+    arguments = ("boot", "--engine", "soft", "-m", "64M", "--kernel", str(image))
+    with subprocess.Popen(
+        [HOSTEL, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1) == b"x"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert b"the machine was stopped: vCPU 0 runs at RIP 0x100" in said

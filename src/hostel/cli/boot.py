@@ -26,7 +26,7 @@ from hostel.spec import DEFAULT_MEMORY, MachineSpec, Root, Soft, decode
 
 from . import network, terminal
 from . import options as opt
-from .entry import OK, TIMED_OUT, hear_one_interrupt
+from .entry import OK, TIMED_OUT, EndedBySignal, hear_one_interrupt
 from .options import option
 from .say import say
 
@@ -176,23 +176,43 @@ class _Session:
         interactive = terminal.interactive()
         if interactive:
             say.note("the guest's console; Ctrl-] ends the machine")
-        with terminal.raw() if interactive else contextlib.nullcontext():
-            cancel = self._engine.console.subscribe(self._show, replay=True)
-            threading.Thread(target=self._type, args=(interactive,), daemon=True).start()
-            try:
-                ending = self._engine.wait(timeout)
-            finally:
-                cancel()
+        try:
+            with terminal.raw() if interactive else contextlib.nullcontext():
+                ending = self._watch(timeout, interactive)
+        except KeyboardInterrupt:
+            self._say_where(128 + signal.SIGINT)
+            raise
+        except EndedBySignal as error:
+            self._say_where(128 + error.number)
+            raise
         return self._exit_code(ending)
 
-    def _exit_code(self, ending: Ending | None) -> int:
-        self.saw_the_end = ending is not None and not self._left
+    def _watch(self, timeout: float | None, interactive: bool) -> Ending:
+        cancel = self._engine.console.subscribe(self._show, replay=True)
+        threading.Thread(target=self._type, args=(interactive,), daemon=True).start()
+        try:
+            ending = self._engine.wait(timeout)
+            self.saw_the_end = ending is not None
+            return ending or self._stop(TIMED_OUT)
+        finally:
+            cancel()
+
+    def _stop(self, code: int) -> Ending:
+        self._engine.stop(code)
+        return self._engine.wait(0) or Ending("stopped", code=code)
+
+    def _say_where(self, code: int) -> None:
+        if where := self._stop(code).detail:
+            say.note(f"the machine was stopped: {where}")
+
+    def _exit_code(self, ending: Ending) -> int:
+        self.saw_the_end = self.saw_the_end and not self._left
         if self._left:
             return OK if self._left == "escape" else 128 + signal.SIGPIPE
-        if ending is None:
-            say.fail("the machine's time is over (--timeout)")
-            return TIMED_OUT
-        if ending.kind == "debug-exit":
+        if ending.kind == "stopped" and ending.code == TIMED_OUT:
+            where = f": {ending.detail}" if ending.detail else ""
+            say.fail(f"the machine's time is over (--timeout){where}")
+        if ending.kind in ("debug-exit", "stopped"):
             return ending.code & 0xFF
         if ending.kind in ("panic", "crash", "error"):
             from hostel.plan import explain_ending

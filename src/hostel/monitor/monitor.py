@@ -95,18 +95,28 @@ class Monitor:
                     self._open()
                     self._power_on(loading)
             except BaseException as error:
-                self._finish(Ending("error", str(error)))
+                self._abandon(Ending("error", str(error)))
                 raise
+
+    def _abandon(self, ending: Ending) -> None:
+        """A signal may interrupt a start whose guest runs already."""
+        with self._lock:
+            board = self._board if self._report is None else None
+            if board is not None:
+                self._report, self._board = ending, None
+        if board is not None:
+            board.close(ending)
+        self._finish(ending)
 
     def wait(self, timeout: float | None = None) -> Ending | None:
         return self._ending if self._settled.wait(timeout) else None
 
-    def stop(self) -> None:
+    def stop(self, code: int = 0) -> None:
         """Not from the event loop or a console's subscriber: it waits for both. ``HostError`` where a thread
         of ours hangs: then what that may still use is left behind."""
         with self._life:
             if not self._settled.is_set():
-                self._stop()
+                self._stop(Ending("stopped", code=code))
         if not self._settled.wait(STOP_SECONDS) and self._settler is not None:
             from hostel.vmm.vcpu_thread import place
 
@@ -114,14 +124,14 @@ class Monitor:
         if self._stuck is not None:
             raise self._stuck
 
-    def _stop(self) -> None:
+    def _stop(self, ending: Ending) -> None:
         with self._lock:
             self._stopping = True
             never_started = self._board is None and self._report is None
         if never_started:
-            self._finish(Ending("stopped"))
+            self._finish(ending)
         else:
-            self._end(Ending("stopped"))
+            self._end(ending)
 
     def resize_disk(self, index: int, size: int) -> None:
         with self._lock:
@@ -313,7 +323,7 @@ class Monitor:
             return Ending("error", str(self._stuck))
         if report.kind == "reset" and self._panic.message:
             return Ending("panic", self._panic.message)
-        return report
+        return self._soft.told(report) if self._soft is not None else report
 
     def _finish(self, ending: Ending) -> None:
         if self._stuck is None:

@@ -40,6 +40,7 @@ class SoftSide:
         self._trace = ExitTrace(Path(self._how.trace)) if self._how.trace else None
         self.inputs = self._inputs(plan)
         self._vm: Vm | None = None
+        self._places = ""
 
     def _inputs(self, plan: Plan) -> Inputs | None:
         if self._how.record:
@@ -91,10 +92,18 @@ class SoftSide:
 
     def power_off(self, board: Board, ending: Ending) -> None:
         """No vCPU runs any more."""
+        vm = _soft(board.vm)
+        self._places = "; ".join(f"vCPU {vcpu.id} {vcpu.place}" for vcpu in vm.vcpus)
         if self.inputs is not None:
             vcpus = tuple(digest.of_vcpu(vcpu) for vcpu in board.vcpus)
             memory = digest.of_memory(board.memory)
             self.inputs.power_off(log.End(ending.kind, ending.code, ending.detail, memory, vcpus))
+
+    def told(self, ending: Ending) -> Ending:
+        """With where the guest was, for who stopped it and tells of it."""
+        if ending.kind != "stopped" or not ending.code:
+            return ending
+        return msgspec.structs.replace(ending, detail=self._places)
 
     def close(self) -> None:
         if self.inputs is not None:

@@ -73,6 +73,7 @@ class QemuEngine:
         self._ending: Ending | None = None
         self._reason = ""
         self._stopping = False
+        self._stop_code = 0
         self._resets = 0
         """Its firmware adds some of its own to each of the guest's."""
         self._crash = ""
@@ -117,12 +118,12 @@ class QemuEngine:
     def wait(self, timeout: float | None = None) -> Ending | None:
         return self._ending if self._settled.wait(timeout) else None
 
-    def stop(self) -> None:
+    def stop(self, code: int = 0) -> None:
         """Not from a console's subscriber: it waits for that one's thread."""
         with self._lock:
-            self._stopping = True
+            self._stopping, self._stop_code = True, code
             if self._helper is None:
-                self._finish(Ending("stopped"))
+                self._finish(Ending("stopped", code=code))
                 return
         writable = any(drive.keeps_writes for drive in self.plan.disks)
         self._helper.stop(GRACE if writable else 0)
@@ -386,7 +387,7 @@ class QemuEngine:
         message = self._panic.message
         kind = REASONS.get(self._reason)
         if self._stopping:
-            return Ending("stopped")
+            return Ending("stopped", code=self._stop_code)
         if kind == "panic" or (message and (kind == "reset" or self._crash)):
             return Ending("panic", message)
         if self._crash:

@@ -19,6 +19,6 @@ Beside them: ``paging/`` walks every table there is; ``irqchip/`` is PIC, IOAPIC
 What all share: ``state.py`` (a processor's registers), ``exceptions.py``, ``cpuid.py``.
 
 Rules: what hardware does is below ``silicon.py`` and ``vmx/``; what a hypervisor decides is above.
-Time is counted in guest instructions, so that the same guest gives the same trace: with several vCPUs
-where one thread runs them all (``schedule/``, the labs), not where each has a thread of the monitor's.
+Time is counted in guest instructions and vCPUs take turns in a fixed order, so the same guest gives the same
+trace: however many vCPUs, and whether or not each has a thread of the monitor's.
 """

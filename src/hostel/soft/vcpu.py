@@ -26,6 +26,8 @@ from hostel.hypervisor import DebugExit, Exit, Interrupted, MmioExit, PioExit
 
 from . import registers
 from .cpuid import Cpuid
+from .hypervisor.inject import Activity
+from .state import RFLAGS_IF
 from .vmx.fields import Field
 
 if TYPE_CHECKING:
@@ -202,6 +204,20 @@ class Vcpu:
         if self._kicked and self._runs:
             inputs.cut = True
             self._interrupt()
+
+    @property
+    def place(self) -> str:
+        """Where it is, for a person. Nothing runs it now."""
+        if self._soft.activity is Activity.WAITS_FOR_SIPI:
+            return "waits for its start-up message"
+        regs = self.get_regs()
+        if self._soft.activity is Activity.RUNNING:
+            interrupts = "on" if regs.rflags & RFLAGS_IF else "off"
+            return f"runs at RIP {regs.rip:#x}, interrupts {interrupts}"
+        if self._soft.halted_open:
+            return f"is halted at RIP {regs.rip:#x} and waits for an interrupt"
+        waker = "nothing" if len(self._vm.vcpus) == 1 else "only an NMI or INIT"
+        return f"is halted at RIP {regs.rip:#x} with interrupts off: {waker} can wake it"
 
     # --- State ---
 

@@ -167,6 +167,17 @@ def test_a_stop_that_came_before_the_guests_own_ending(source: str, tmp_path: Pa
     assert replay(slow + source, Soft(), path) == (Ending("stopped"), b">")
 
 
+def test_who_stopped_it_is_in_the_log(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with made("cli; hlt", recording(Soft(), path)) as monitor:
+        time.sleep(0.1)
+        monitor.stop(124)
+        ended = monitor.wait(0)
+    assert ended is not None
+    assert (ended.kind, ended.code) == ("stopped", 124)
+    assert replay("cli; hlt", Soft(), path)[0] == ended
+
+
 # -- what is not the same ---------------------------------------------------------------------
 
 
