@@ -28,6 +28,7 @@ RFLAGS_IOPL, RFLAGS_NT, RFLAGS_RF, RFLAGS_VM, RFLAGS_AC = (
     1 << 17,
     1 << 18,
 )
+RFLAGS_RESERVED = ~0x3F_FFFF | 1 << 15 | 1 << 5 | 1 << 3
 
 ACTIVE, HALTED, SHUTDOWN, WAIT_FOR_SIPI = range(4)
 """Activity states (SDM vol. 3C §24.4.2)."""

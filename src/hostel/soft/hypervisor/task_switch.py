@@ -30,6 +30,7 @@ from hostel.soft.state import (
     CR0_TS,
     RFLAGS_NT,
     RFLAGS_ONE,
+    RFLAGS_RESERVED,
     RFLAGS_VM,
     RIGHTS_UNUSABLE,
     RSP,
@@ -147,7 +148,7 @@ class _Switch:
         state, image, vcpu = self._state, self._image, self._vcpu
         state.tr = self._new
         state.tr.rights |= _BUSY
-        state.rip, rflags = image[9], image[10] | RFLAGS_ONE
+        state.rip, rflags = image[9], image[10] & ~RFLAGS_RESERVED | RFLAGS_ONE
         state.rflags = rflags | RFLAGS_NT if self._by in (CALL, IDT) else rflags
         state.gpr[:8] = image[11:19]
         state.cr0 |= CR0_TS

@@ -29,6 +29,7 @@ from hostel.soft.state import (
     LINEAR_BITS,
     RFLAGS_IF,
     RFLAGS_ONE,
+    RFLAGS_RESERVED,
     RFLAGS_TF,
     RFLAGS_VM,
     SHUTDOWN,
@@ -60,7 +61,6 @@ GuestChecks = Iterator[tuple[bool, str, int]]
 _U32 = Struct("<I")
 CODE_64 = 1 << 13
 DEBUGCTL_KNOWN, DEBUGCTL_BTF = 3, 2
-RFLAGS_RESERVED = ~0x3F_FFFF | 1 << 15 | 1 << 5 | 1 << 3
 PENDING_BS = 1 << 14
 PENDING_RESERVED = ~0x1_FFFF | 1 << 16 | 0xFF0 | 1 << 13 | 1 << 15
 
