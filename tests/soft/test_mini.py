@@ -141,6 +141,30 @@ def test_the_list_and_an_image_by_command(capsys: pytest.CaptureFixture[str]) ->
     assert "'pages=many' is no parameter; write NAME=NUMBER" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pages=１２"], "is no parameter"),
+        (["pages=1_2"], "is no parameter"),
+        (["pages= 4"], "is no parameter"),
+        (["pages"], "is no parameter"),
+        (["pages=4", "pages=5"], "parameter 'pages' is given twice"),
+        (["pages=99999999999999999999"], "is no parameter"),
+    ],
+)
+def test_wrong_parameters_by_command(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["churn", *arguments]) == 1
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["churn", "--help"]])
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    assert "python -m hostel.soft.mini [NAME" in capsys.readouterr().out
+
+
 def test_without_an_assembler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", str(tmp_path))
