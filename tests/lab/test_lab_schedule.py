@@ -11,6 +11,7 @@ def test_shares_migration_and_isolation() -> None:
     assert isinstance(light, float)
     assert heavy > 1.3 * light, "weight 2 against 1"
     moves = [step.what.split(":")[0] for step in report.steps if step.who.startswith("pCPU")]
+    assert None not in [step.time for step in report.steps if step.who.startswith("pCPU")]
     assert moves[0] == "VMCLEAR"
     assert moves[1] == "VMPTRLD"
     assert "INVVPID" in moves

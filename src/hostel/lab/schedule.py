@@ -127,8 +127,13 @@ def run(arguments: Sequence[str] = ()) -> Report:
     same = [part.mark for part in PARTS if _alone(part) == left[part.mark]]
     statistics = {name: entry.statistics for name, entry in play.entries.items()}
     steps = (
-        Step("scheduler", f"moves {moved.vcpu} from pCPU {moved.came_from} to pCPU {moved.pcpu}"),
-        *(Step(step.who, step.what) for step in tell(trace)),  # each pCPU has a clock of its own
+        Step(
+            "scheduler",
+            f"moves {moved.vcpu} from pCPU {moved.came_from} to pCPU {moved.pcpu}; times are by the clock of "
+            "the pCPU that acts",
+            moved.start,
+        ),
+        *tell(trace),
         *(Step("guest T", line) for line in play.actors["T"].words.splitlines()),
     )
     migrations = sum(one.migrations for one in statistics.values())
