@@ -10,7 +10,7 @@ pytest.importorskip("unicorn", reason="the extra `soft` is not installed")
 
 from hostel.hypervisor import PioExit
 from hostel.memory import PAGE, GuestMemory
-from hostel.soft.hypervisor import control_registers, io
+from hostel.soft.hypervisor import control_registers, exits, io
 from hostel.soft.hypervisor.host import Host
 from hostel.soft.hypervisor.machine import SoftMachine
 from hostel.soft.silicon import Reason, VmExit
@@ -76,4 +76,21 @@ def test_ins_whose_page_is_taken_away_while_the_monitor_answers(host: Host) -> N
         assert vcpu.run(host.pcpus[0], 1000) is None
         assert memory.read(0x4000, 1) == b"!"
         assert vcpu.event is None
+        machine.close()
+
+
+def test_invlpg_of_an_address_that_is_not_canonical_does_nothing(host: Host) -> None:
+    machine = SoftMachine(host, paging="shadow")
+    with GuestMemory(16 * PAGE) as memory:
+        machine.map(0, memory.regions[0])
+        memory.write(0, b"\xf4")  # hlt
+        vcpu = machine.add_vcpu(0)
+        vcpu.load(host.pcpus[0])
+        state = vcpu.export_state()
+        state.rip, state.cs.base = 0, 0
+        vcpu.import_state(state)
+        for address in (1 << 63, 1 << 47, 0xFFFF_7FFF_FFFF_F000):
+            assert exits.dispatch(vcpu, VmExit(Reason.INVLPG, address)) is None
+        assert vcpu.run(host.pcpus[0], 1000) is None
+        assert vcpu.exits, "it was entered: nothing had to be flushed that cannot be"
         machine.close()

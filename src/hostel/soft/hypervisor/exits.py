@@ -13,7 +13,7 @@ from hostel.hypervisor import Exit, HaltExit, InternalError, ShutdownExit
 from hostel.soft.exceptions import GP, PF, UD, fault
 from hostel.soft.paging.virtualizer import Do, Verdict
 from hostel.soft.silicon import EventType, PageFault, Reason, VmExit
-from hostel.soft.state import RAX, RBX, RCX, RDX
+from hostel.soft.state import RAX, RBX, RCX, RDX, canonical
 
 from . import control_registers, emulation, io, msrs, task_switch
 
@@ -96,7 +96,9 @@ def _control_register(vcpu: SoftVcpu, exit: VmExit) -> None:
 
 
 def _invlpg(vcpu: SoftVcpu, exit: VmExit) -> None:
-    vcpu.paging.on_invlpg(exit.qualification)
+    """Of an address that is not canonical it does nothing (SDM vol. 2A, INVLPG); INVVPID would fail."""
+    if canonical(exit.qualification):
+        vcpu.paging.on_invlpg(exit.qualification)
     vcpu.skip(exit)
 
 
