@@ -84,6 +84,21 @@ def test_the_walk_is_drawn(report: lab.Report) -> None:
     assert "HPA" in nested.lines[-1]
 
 
+def test_the_first_exits_are_told(report: lab.Report) -> None:
+    """What the one way leaves for, the other does not: MOV to CR3, and pages that the EPT lacks."""
+    told = {
+        name: [step for step in report.steps if step.who == f"compute, {name}"]
+        for name in ("shadow", "nested")
+    }
+    assert all(step.time for steps in told.values() for step in steps)
+    words = {name: "; ".join(step.what for step in steps) for name, steps in told.items()}
+    assert "EXCEPTION_NMI" in words["shadow"]
+    assert "MOV to CR3" in words["shadow"]
+    assert "EPT_VIOLATION" not in words["shadow"]
+    assert "EPT_VIOLATION" in words["nested"]
+    assert "MOV to CR3" not in words["nested"]
+
+
 def test_a_workload_named_twice_runs_once(capsys: pytest.CaptureFixture[str]) -> None:
     """And an option may come behind the names."""
     assert command_line(["lab", "paging", "syscall", "syscall", "--json"]) == 0

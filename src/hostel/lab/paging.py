@@ -27,6 +27,7 @@ from .draw import Node, tree
 from .paging_kvm import Measured
 from .paging_report import Column, conclusions, tables
 from .stage import Stage
+from .vmx import tell
 from .workloads import Cost, Workload, choose
 
 QUESTION = (
@@ -36,6 +37,7 @@ QUESTION = (
 )
 WAYS: dict[str, Paging] = {"shadow": "shadow", "nested": "ept"}
 MOST_FILES = 8
+FIRST_EXITS = 10
 
 
 def soft(workload: Workload, paging: Paging) -> tuple[Cost, WalkTrace | None]:
@@ -99,6 +101,16 @@ def _soft_columns(chosen: Sequence[Workload]) -> tuple[list[Column], list[Drawin
     return columns, drawings
 
 
+def _first_exits(workload: Workload) -> Iterator[Step]:
+    """What either way begins with, in words."""
+    for name, paging in WAYS.items():
+        with Stage(traced=True) as stage:
+            stage.actor(workload.guest, paging, **workload.parameters).play()
+            exits = [event for event in stage.trace if event.what == "VM exit"][:FIRST_EXITS]
+        for step in tell(exits):
+            yield Step(f"{workload.guest}, {name}", step.what, step.time)
+
+
 def _kvm_columns(chosen: Sequence[Workload], measured: Iterable[Measured]) -> Iterator[Column]:
     names = [one.guest for one in chosen]
     for letter, one in zip(ascii_lowercase, measured, strict=False):
@@ -121,7 +133,7 @@ def run(arguments: Sequence[str] = (), *, beside: Sequence[Path] = ()) -> Report
     return Report(
         lab="paging",
         question=QUESTION,
-        steps=tuple(Step(one.guest, one.what) for one in chosen),
+        steps=(*(Step(one.guest, one.what) for one in chosen), *_first_exits(chosen[0])),
         drawings=tuple(drawings),
         tables=tuple(tables(chosen, columns, missing)),
         conclusions=tuple(conclusions(columns)),
