@@ -59,6 +59,8 @@ class Monitor:
         self._report: Ending | None = None
         """Why the present board is to go."""
         self._stopping = False
+        self._stopped = Ending("stopped")
+        """What a stop between two power-ons ends with."""
         self._ending: Ending | None = None
         self._settled = threading.Event()
         self._settler: threading.Thread | None = None
@@ -126,7 +128,7 @@ class Monitor:
 
     def _stop(self, ending: Ending) -> None:
         with self._lock:
-            self._stopping = True
+            self._stopping, self._stopped = True, ending
             never_started = self._board is None and self._report is None
         if never_started:
             self._finish(ending)
@@ -249,7 +251,7 @@ class Monitor:
                 self._board = board
                 board.start()
         if stopping:
-            board.close(Ending("stopped"))
+            board.close(self._stopped)
         else:
             self._seat(board)
         return not stopping
@@ -305,7 +307,7 @@ class Monitor:
                 with Loading(self.plan) as loading:
                     if self._power_on(loading):
                         return  # to its own ending, of which there may be word by now
-                ending = Ending("stopped")
+                ending = self._stopped
         except HostelError as error:
             ending = Ending("error", str(error))
         except Exception as error:
