@@ -9,10 +9,10 @@ import pytest
 pytest.importorskip("unicorn", reason="the extra `soft` is not installed")
 
 from hostel.soft.core.checked import CheckedCore, needs_checks
-from hostel.soft.exceptions import DB, GP
-from hostel.soft.silicon import Reason
+from hostel.soft.exceptions import DB, GP, PF
+from hostel.soft.silicon import Pin, Reason
 from hostel.soft.state import CR0_PE, RAX, RBX, RIGHTS_DATA32, RIGHTS_UNUSABLE, Segment
-from soft.core.svm_rig import CODE, SvmGuest
+from soft.core.svm_rig import CODE, GDT, SvmGuest
 
 SMALL = Segment(16, 0x9000, 15, RIGHTS_DATA32)
 NULL = Segment(0, 0, 0, RIGHTS_UNUSABLE)
@@ -86,3 +86,25 @@ def test_a_breakpoint_is_hit(guest: SvmGuest) -> None:
     guest.state.dr[0], guest.state.dr7 = 0x9000, 0x400 | 2 | 1 << 16 | 3 << 18
     exit = guest.run()
     assert (exit.reason, exit.qualification) == (Reason.EXCEPTION_NMI, 1)
+
+
+@pytest.mark.parametrize("guest", ["cpuid"], indirect=True)
+def test_code_of_a_segment_that_runs_over_4_gib(guest: SvmGuest) -> None:
+    """QEMU fetches it from behind 4 GiB: the other core, from the start of it."""
+    guest.state.cs.base, guest.state.rip = 0xFFFF_F000, CODE + 0x1000
+    assert needs_checks(guest.state)
+    assert guest.run().reason is Reason.CPUID
+
+
+def test_code_that_runs_over_4_gib_where_no_entry_was() -> None:
+    """It gets there by a far return: an exit for nothing, and the next entry is the other core's."""
+    with SvmGuest("push $0x28; push $0x9010; lretq") as guest:
+        guest.core.close()
+        guest.core = CheckedCore(guest.physical)  # type: ignore[assignment]
+        guest.memory.write_u64(GDT + 0x28, 0xFFCF_9BFF_F000_FFFF)
+        guest.memory.write(CODE + 0x10, b"\x0f\xa2")  # cpuid
+        guest.controls.pin, guest.controls.timer = int(Pin.PREEMPTION_TIMER), 1000
+        guest.controls.exception_bitmap = 1 << PF
+        assert guest.run().reason is Reason.EXTERNAL_INTERRUPT
+        assert guest.run().reason is Reason.CPUID
+        assert guest.state.rip == 0x9010

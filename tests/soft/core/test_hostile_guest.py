@@ -9,9 +9,10 @@ import pytest
 
 pytest.importorskip("unicorn", reason="the extra `soft` is not installed")
 
+from hostel.soft.exceptions import PF
 from hostel.soft.silicon import Pin, Primary, Reason
-from hostel.soft.state import RAX, RBX, RCX, RDI, RDX, RSI, RSP
-from soft.core.core_rig import PML4, Bench
+from hostel.soft.state import RAX, RBX, RCX, RDI, RDX, RIGHTS_CODE32, RSI, RSP, Segment
+from soft.core.core_rig import CODE0_32, PD, PML4, Bench
 
 LOOPS = ("1: jmp 1b", "1: loop 1b", "1: pause; jmp 1b", "rep stosb", "1: rdtsc; jmp 1b")
 
@@ -238,3 +239,35 @@ def test_noise(seed: int) -> None:
             if exit.reason in (Reason.TRIPLE_FAULT, Reason.TASK_SWITCH):
                 break
         assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("base", [0xFFFF_FFF0, 0xFFFF_F000])
+def test_code_of_a_segment_that_runs_over_4_gib(base: int) -> None:
+    """In compatibility mode too it goes on at 0; nothing is mapped behind 4 GiB."""
+    with Bench() as bench:
+        bench.load("mov $5, %eax; 1: cpuid; dec %eax; mov %eax, %eax; jmp 1b", bits=32)
+        bench.state.cs = Segment(CODE0_32, base, 0xFFFF_FFFF, RIGHTS_CODE32)
+        bench.state.rip = 0x8000 + (1 << 32) - base
+        assert bench.run().reason is Reason.CPUID
+        assert bench.core.statistics.instructions == 1
+        bench.skip(bench.run())
+        assert bench.run().reason is Reason.CPUID
+        assert bench.core.statistics.instructions == 4
+        assert all(at < 1 << 32 for at, _, _ in bench.mmu.asked)
+
+
+def test_a_fault_behind_4_gib_is_one_at_the_start() -> None:
+    """CR2, and which instructions were executed."""
+    with Bench() as bench:
+        bench.load("nop; mov $0x40000000, %edx; mov (%edx), %eax", bits=32)
+        bench.state.cs = Segment(CODE0_32, 0xFFFF_F000, 0xFFFF_FFFF, RIGHTS_CODE32)
+        bench.state.rip = 0x9000
+        bench.controls.exception_bitmap = 1 << PF
+        exit = bench.run()
+        assert (exit.reason, exit.qualification) == (Reason.EXCEPTION_NMI, 0x4000_0000)
+        assert (bench.state.rip, bench.core.statistics.instructions) == (0x9006, 2)
+        bench.memory.write_u64(PD, 0)
+        bench.core.flush(0x8000)
+        bench.state.rip = 0x9000
+        exit = bench.run()
+        assert (exit.reason, exit.qualification) == (Reason.EXCEPTION_NMI, 0x8000)

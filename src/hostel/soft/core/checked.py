@@ -8,7 +8,9 @@
 In 16- and 32-bit protected mode a segment that is not flat has limits and a type, and DR7 may arm
 breakpoints: the core by intercept knows neither. No intercept tells when a guest loads such a segment or
 DR7, so it is seen where Python looks at the state anyway: at the next VM entry, after an exit or the end of
-a slice. From there on the other core runs, which is exact.
+a slice. From there on the other core runs, which is exact. Code behind 4 GiB of a segment that begins below
+(it goes on at 0) is fetched from there by QEMU: a page fault that exits is the end
+of its turn.
 
 Each keeps translations and translated code for itself: whoever did not run last forgets all of it.
 """
@@ -24,7 +26,7 @@ from hostel.soft.state import CR0_PE, CpuState
 
 from .breakpoints import ENABLED
 from .flags import HF_CS32, HF_PE
-from .segments import ORDER, tight
+from .segments import ORDER, runs_over, tight
 from .svm import SvmCore
 from .translate import TranslatingCore
 
@@ -38,6 +40,8 @@ def needs_checks(state: CpuState) -> bool:
         return True
     if not state.cr0 & CR0_PE or state.bits == 64:
         return False
+    if runs_over(state):
+        return True
     parts: list[int] = []
     for name in ORDER:
         segment = getattr(state, name)

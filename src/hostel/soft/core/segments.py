@@ -22,7 +22,7 @@ from struct import Struct
 from typing import TYPE_CHECKING
 
 from hostel.soft.exceptions import GP, SS
-from hostel.soft.state import RCX, RSP
+from hostel.soft.state import RCX, RSP, CpuState
 
 from .breakpoints import Touched
 from .events import Fault
@@ -64,6 +64,11 @@ def tight(hflags: int, parts: tuple[int, ...]) -> int:
         elif rights[number] >> 8 & _FLAT_KIND != _FLAT:
             found |= bit
     return found
+
+
+def runs_over(state: CpuState) -> bool:
+    """CS.base + EIP has more than the 32 bits it is cut to outside of 64-bit mode (SDM vol. 1 §3.3.7)."""
+    return bool(state.bits != 64 and state.cs.base + state.rip >> 32)
 
 
 class Reach:

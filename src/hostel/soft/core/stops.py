@@ -91,7 +91,7 @@ class Stops:
 
     def _after_refusal(self, fault: Refusal, access: Access) -> VmExit | None:
         core = self._core
-        env, exact = core.engine.env, core.engine.fault_address
+        env, exact = core.engine.env, core.translations.linear(core.engine.fault_address)
         if access is Access.FETCH and exact // PAGE != env.linear_rip // PAGE:
             # The translator looks ahead; the instruction at hand may not reach that page at all.
             instruction = core.instruction()
@@ -146,7 +146,7 @@ class Stops:
         left = self._left.get(key)
         if left is None:
             block = Block(address)
-            length = env.linear_rip - block.pc
+            length = core.translations.linear(env.linear_rip - block.pc & 2**64 - 1)
             code = core.view.code(block.pc, length) if 0 <= length < PAGE else b""
             done = core.scanner.position(code, env.bits) if block.count > 1 else 0
             left = self._left[key] = max(block.count - done, 0)

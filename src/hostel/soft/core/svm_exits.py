@@ -17,6 +17,7 @@ from hostel.soft.state import CR0_PE, CR4_OSXSAVE, RAX, RCX, RDX, canonical
 
 from . import svm_decode as decode
 from . import vmcb
+from .segments import runs_over
 from .svm_exit import Exit, Handler
 from .svm_io import io
 from .svm_registers import load_control_register, read_msr, syscall, sysenter, write_msr
@@ -244,6 +245,8 @@ def _exception(exit: Exit, _: PhysicalMemory) -> VmExit | None:
     event = Event(vector, EventType.HARDWARE_EXCEPTION, error)
     exits = bool(controls.exception_bitmap >> vector & 1)
     address = 0
+    if vector == PF and runs_over(exit.state):
+        return VmExit(Reason.EXTERNAL_INTERRUPT)  # by no fault of the guest: see checked.py
     if vector == PF:
         exits ^= exit.info1 & controls.pf_mask != controls.pf_match
         address = exit.info2

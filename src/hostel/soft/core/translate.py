@@ -127,13 +127,15 @@ class TranslatingCore:
 
     def flush(self, address: int | None = None) -> None:
         self.statistics.flushes += 1
-        self.engine.flush(address)
         self.memory.flush()
         if address is None:
+            self.engine.flush()
             self.view.frames.clear()
             self.translations.flush()
         else:
-            self.view.frames.pop(address // PAGE, None)
+            for alias in (address, address + (1 << 32)):  # see Translations.linear
+                self.engine.flush(alias)
+                self.view.frames.pop(alias // PAGE, None)
 
     def flush_all(self, *, keep_global: bool) -> None:
         """The guest's own flush, by a MOV to a control register that did not exit."""
@@ -290,7 +292,8 @@ class TranslatingCore:
         if found.len and found.len <= room and (found.code or room >= LONGEST):
             return found
         following = at + room
-        frame = self.translations.ask(following, Access.FETCH, env.cpl == 3).frame
+        linear = self.translations.linear(following)
+        frame = self.translations.ask(linear, Access.FETCH, env.cpl == 3).frame
         self.view.fetch(following, frame)
         return self.scanner.decode(self.view.code(at, LONGEST), bits)
 

@@ -59,12 +59,20 @@ class Translations:
             self.at_limit = True
             return None
         try:
-            found = self.ask(page, access, self._is_user(page))
+            found = self.ask(self.linear(page), access, self._is_user(page))
         except (PageFault, EptFault) as refused:
             self.refused = refused, access
             return None
         self._check(found.frame)
         return found.frame, self._rights(page, access, found)
+
+    def linear(self, address: int) -> int:
+        """32 bits wide outside of 64-bit mode (SDM vol. 1 §3.3.7); the engine lets CS.base + EIP, and what
+        crosses 4 GiB, run over. Descriptor tables lie at 64 bits in compatibility mode too."""
+        wide = self._core.engine.env.hflags & HF_CS64
+        if wide or (self.implicit and self._is_table(address & -PAGE)):
+            return address
+        return address & 0xFFFF_FFFF
 
     def _check(self, frame: int) -> None:
         """Unicorn would go on behind a store to where no memory is, to the end of that block and the next."""
@@ -86,6 +94,7 @@ class Translations:
             if frame not in fetched:
                 self.coherence.fetching(frame)
             self._core.view.fetch(page, frame)
+            self._core.view.fetch(self.linear(page), frame)  # where Python looks
         if frame in fetched:
             if found.executable:
                 self._core.view.fetch(page, frame)  # the engine will not ask again to fetch here
