@@ -28,7 +28,7 @@ from hostel.soft.state import (
     RFLAGS_IF,
     RSP,
 )
-from soft.core.core_rig import CODE3, USER_STACK, Bench
+from soft.core.core_rig import CODE3, IDT, PD, USER_STACK, Bench
 
 IN, STRING, REPEATED, IMMEDIATE = 8, 16, 32, 64
 NARROW = (MSR_SYSENTER_ESP, MSR_SYSENTER_EIP, MSR_TSC_AUX)
@@ -243,6 +243,27 @@ def test_a_page_fault_exits_by_mask_and_match() -> None:
         exit = bench.run()
         assert (exit.reason, exit.qualification) == (Reason.EXCEPTION_NMI, 0x4000_0000)
         assert bench.state.cr2 == 0x4000_0000, "as the first fault left it"
+
+
+def test_a_page_fault_within_one_leaves_its_address() -> None:
+    """The #DF of both has it: CR2 is of the last one (SDM vol. 3A §6.15, interrupt 14)."""
+    with Bench("mov 0x40000000, %eax") as bench:
+        bench.handlers("mov %cr2, %rbx; hlt", 8)
+        bench.memory.write(0x1F_FFF0, bench.memory.read(IDT + 16 * 8, 16))
+        bench.state.idtr.base = (
+            0x20_0000 - 16 * 9
+        )  # #DF's gate is the last of its page, #PF's in the next
+        bench.memory.write_u64(PD + 8, 0)
+        assert bench.run().reason is Reason.HLT
+        assert bench.state.gpr[RBX] == 0x20_0000 + 16 * 5
+
+
+def test_ltr_of_nothing_is_a_fault() -> None:
+    with Bench("mov $3, %eax; ltr %ax; hlt") as bench:
+        bench.handlers("mov (%rsp), %rdx; hlt", 13)
+        bench.state.gpr[RDX] = 1
+        assert bench.run().reason is Reason.HLT
+        assert (bench.state.rip & ~0xFFF, bench.state.gpr[RDX]) == (0x9000, 0)
 
 
 def test_sti_has_a_shadow_of_one_instruction() -> None:

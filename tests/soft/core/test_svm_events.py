@@ -9,6 +9,7 @@ import pytest
 from hostel.soft.silicon import Event, EventType, Pin, Primary, Reason
 from hostel.soft.state import (
     BLOCKED_BY_NMI,
+    CR4_DE,
     HALTED,
     RAX,
     RBX,
@@ -301,6 +302,30 @@ def test_ltr_of_nothing_is_a_fault() -> None:
         assert guest.state.gpr[RBX] == 0x30
         assert guest.memory.read_u64(guest.state.gpr[RSP] + 8) == CODE + 0xB
         assert guest.memory.read_u64(GDT + 0x30) >> 40 & 0xFF == 0x8B
+
+
+def test_debug_registers_take_no_upper_half() -> None:
+    source = "mov $0x700000401, %rax; mov %rax, %dr7; mov $-1, %rax; mov %rax, %dr6; hlt"
+    with SvmGuest(source) as guest:
+        guest.gate(13, "inc %rbx; mov $0x80000, %ecx; addq $3, 8(%rsp); add $8, %rsp; iretq")
+        before = guest.state.dr6, guest.state.dr7
+        assert guest.run().reason is Reason.HLT
+        assert guest.state.gpr[RBX] == 2
+        assert (guest.state.dr6, guest.state.dr7) == before
+
+
+def test_debug_registers_by_both_their_names() -> None:
+    source = (
+        "mov $0x2FFF0700, %eax; mov %rax, %dr5; mov %dr7, %rbx; mov %rax, %dr6; mov %dr4, %rcx; hlt"
+    )
+    with SvmGuest(source) as guest:
+        assert guest.run().reason is Reason.HLT
+        assert (guest.state.gpr[RBX], guest.state.gpr[RCX]) == (0x2FFF_0700, 0xFFFF_0FF0)
+    with SvmGuest(source) as guest:
+        guest.gate(6, "mov $6, %edx; hlt")
+        guest.state.cr4 |= CR4_DE
+        assert guest.run().reason is Reason.HLT
+        assert guest.state.gpr[RDX] == 6
 
 
 def test_without_a_task_register_a_stack_switch_fails() -> None:

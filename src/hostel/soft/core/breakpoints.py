@@ -55,3 +55,13 @@ def _armed(state: CpuState) -> list[tuple[int, int, int]]:
         for number in range(4)
         if dr7 >> 2 * number & 3
     ]
+
+
+def load_debug(state: CpuState, number: int, value: int) -> None:
+    """MOV DR, its value checked: what is reserved stays as it is (SDM vol. 3B §17.2)."""
+    if number < 4:
+        state.dr[number] = value
+    elif number == 6:
+        state.dr6 = value & 0xE00F | 0xFFFF_0FF0
+    else:
+        state.dr7 = value & 0xFFFF_2FFF | 0x400

@@ -39,7 +39,7 @@ from hostel.soft.state import (
     CpuState,
 )
 
-from .breakpoints import DETECT
+from .breakpoints import DETECT, load_debug
 from .events import Fault
 from .operands import (
     effective_address,
@@ -216,15 +216,9 @@ def move_debug(core: TranslatingCore, instruction: Instruction) -> Result:
 
 
 def _set_debug(state: CpuState, number: int, value: int) -> None:
-    if number < 4:
-        state.dr[number] = value
-        return
-    if value >> 32:
+    if number >= 4 and value >> 32:
         raise Fault(GP, 0)
-    if number == 6:
-        state.dr6 = value & 0xE00F | 0xFFFF_0FF0
-    else:
-        state.dr7 = value & 0xFFFF_2FFF | 0x400
+    load_debug(state, number, value)
 
 
 # --- MSRs ---

@@ -101,6 +101,8 @@ class Delivery:
                     return VmExit(Reason.TRIPLE_FAULT)
                 if exit := self._intercepted(fault, event):
                     return exit
+                if second.vector == PF:
+                    state.cr2 = second.cr2  # also where a #DF is made of it
                 event, return_rip = self._armed(fault), state.rip
         core.statistics.events_delivered += 1
         core.spend()

@@ -13,10 +13,11 @@ from hostel.soft.exceptions import DB, GP, PF, SS, UD, WITH_ERROR_CODE, fault
 from hostel.soft.physical import PhysicalMemory
 from hostel.soft.register_checks import Refused
 from hostel.soft.silicon import Controls, Event, EventType, Primary, Reason, Secondary, VmExit
-from hostel.soft.state import CR0_PE, CR4_OSXSAVE, RAX, RCX, RDX, canonical
+from hostel.soft.state import CR0_PE, CR4_DE, CR4_OSXSAVE, RAX, RCX, RDX, canonical
 
 from . import svm_decode as decode
 from . import vmcb
+from .breakpoints import load_debug
 from .segments import runs_over
 from .svm_exit import Exit, Handler
 from .svm_io import io
@@ -201,9 +202,21 @@ def _smsw(exit: Exit) -> VmExit | None:
 def _dr(exit: Exit, _: PhysicalMemory) -> VmExit | None:
     instruction = exit.instruction
     reads = exit.code < vmcb.WRITE_DR
-    general = instruction.op0_register if reads else instruction.op1_register
-    qualification = exit.code & 7 | reads << 4 | decode.number(general) << 8
-    return exit.exit(Reason.MOV_DR, qualification)
+    general = decode.number(instruction.op0_register if reads else instruction.op1_register)
+    if exit.controls.primary & Primary.MOV_DR:
+        return exit.exit(Reason.MOV_DR, exit.code & 7 | reads << 4 | general << 8)
+    return _load_dr(exit, exit.code & 7, exit.state.gpr[general])
+
+
+def _load_dr(exit: Exit, number: int, value: int) -> VmExit | None:
+    """DR6 or DR7, by their own names or as DR4 and DR5."""
+    state = exit.state
+    if number < 6 and state.cr4 & CR4_DE:
+        return exit.fault(UD)
+    if state.bits == 64 and value >> 32:
+        return exit.fault(GP, 0)
+    load_debug(state, number | 2, value & _U32)
+    return exit.skip()
 
 
 def _tables(exit: Exit, _: PhysicalMemory) -> VmExit | None:

@@ -40,7 +40,7 @@ from hostel.soft.state import (
 from . import tasks
 from .env import EFLAGS
 from .events import Fault, descriptor
-from .operands import is_memory, operand_address
+from .operands import is_memory, operand_address, read_operand
 from .outcome import Outcome, Result, leave, need_ring0
 
 if TYPE_CHECKING:
@@ -218,6 +218,7 @@ def descriptor_table(core: TranslatingCore, instruction: Instruction) -> Result:
     if loads:
         need_ring0(core.state)
         _check_base(core, instruction)
+        _check_task(core, instruction)
     if core.controls.secondary & Secondary.DESCRIPTOR_TABLE:
         system = (Mnemonic.LLDT, Mnemonic.LTR, Mnemonic.SLDT, Mnemonic.STR)
         reason = Reason.LDTR_TR if instruction.mnemonic in system else Reason.GDTR_IDTR
@@ -233,6 +234,15 @@ def _check_base(core: TranslatingCore, instruction: Instruction) -> None:
         address = operand_address(core.state, instruction, 10, Access.READ)
         if not canonical(core.memory.read(address, 10) >> 16):
             raise Fault(GP, 0)
+
+
+def _check_task(core: TranslatingCore, instruction: Instruction) -> None:
+    """LTR of nothing, which the core takes, and then aborts at the next switch of stacks."""
+    from iced_x86 import Mnemonic
+
+    loads = instruction.mnemonic == Mnemonic.LTR and core.state.cr0 & CR0_PE
+    if loads and not read_operand(core.state, core.memory, instruction, 2) & 0xFFFC:
+        raise Fault(GP, 0)
 
 
 def as_it_stands(_core: TranslatingCore, _instruction: Instruction) -> Result:

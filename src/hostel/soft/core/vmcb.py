@@ -124,8 +124,8 @@ class Vmcb:
             intercept |= 1 << SWINT - 0x60
         reads = 1 << 8 | bool(cr0) | bool(cr4) << 4 | bool(primary & Primary.CR3_STORE) << 3
         writes = 1 << 0 | 1 << 3 | 1 << 4 | 1 << 8  # QEMU checks none of these values
-        debug = 0xFF if primary & Primary.MOV_DR else 0
-        _INTERCEPTS.pack_into(self._page, 0, reads, writes, debug, debug, exceptions, intercept)
+        debug = (0xFF, 0xFF) if primary & Primary.MOV_DR else (0, 0xF0)  # DR6 and DR7: nor these
+        _INTERCEPTS.pack_into(self._page, 0, reads, writes, *debug, exceptions, intercept)
         _U64.pack_into(self._page, _NESTED_CONTROL, bool(nested))
         _U64.pack_into(self._page, _NESTED_CR3, nested)
         _ENV_CONTROL.pack_into(
@@ -136,8 +136,7 @@ class Vmcb:
             intercept,
             reads,
             writes,
-            debug,
-            debug,
+            *debug,
             exceptions,
             nested,
             _NESTED_MODE,
