@@ -178,6 +178,18 @@ def test_who_stopped_it_is_in_the_log(tmp_path: Path) -> None:
     assert replay("cli; hlt", Soft(), path)[0] == ended
 
 
+def test_a_stop_between_two_power_ons_keeps_its_code() -> None:
+    """Nearly always there is no board when it comes: the guest does nothing but reset."""
+    for _ in range(4):
+        with made(RESET, Soft(), on_reboot="restart") as monitor:
+            while monitor.restarts < 3:
+                time.sleep(0.001)
+            monitor.stop(124)
+            ended = monitor.wait(0)
+        assert ended is not None
+        assert (ended.kind, ended.code) == ("stopped", 124)
+
+
 # -- what is not the same ---------------------------------------------------------------------
 
 
