@@ -8,16 +8,12 @@
 
 from __future__ import annotations
 
-import os
-import select
 import socket
 import struct
-import threading
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
-from guests.namespaces import Namespace
+from guests.namespaces import Background, Namespace
 
 DISCOVER, OFFER, REQUEST, ACK, NAK = 1, 2, 3, 5, 6
 MASK, ROUTER, SERVERS, DOMAIN, MTU, SECONDS, TYPE, SERVER = 1, 3, 6, 15, 26, 51, 53, 54
@@ -83,7 +79,7 @@ def reply(request: Request, server: str, address: str, *options: bytes, kind: in
     return message(request, address, head + b"".join(options))
 
 
-class DhcpServer:
+class DhcpServer(Background):
     """``answer`` is asked in a thread of its own."""
 
     def __init__(
@@ -91,32 +87,15 @@ class DhcpServer:
     ) -> None:
         self.requests: list[Request] = []
         self._answer = answer
-        self._socket = where.socket(socket.SOCK_DGRAM)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
-        self._socket.bind(("", 67))
-        self._stop = os.eventfd(0)
-        self._thread = threading.Thread(target=self._serve, daemon=True)
+        udp = where.socket(socket.SOCK_DGRAM)
+        udp.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        udp.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
+        udp.bind(("", 67))
+        super().__init__(udp)
 
-    def _serve(self) -> None:
-        while self._stop not in select.select([self._socket.fileno(), self._stop], [], [])[0]:
-            request = parse(self._socket.recv(2048))
-            self.requests.append(request)
-            to = TO_ALL if request.client == "0.0.0.0" else request.client
-            for data in self._answer(request):
-                self._socket.sendto(data, (to, 68))
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        os.eventfd_write(self._stop, 1)
-        self._thread.join()
-        self._socket.close()
-        os.close(self._stop)
+    def ready(self, sock: socket.socket) -> None:
+        request = parse(sock.recv(2048))
+        self.requests.append(request)
+        to = TO_ALL if request.client == "0.0.0.0" else request.client
+        for data in self._answer(request):
+            sock.sendto(data, (to, 68))

@@ -145,37 +145,26 @@ class Guest(Namespace):
         super().close()
 
 
-class Server:
-    """Answers at one port over TCP and UDP, in a thread. A context manager."""
+class Background:
+    """Serves sockets, which it owns, in a thread of its own. A context manager."""
 
-    def __init__(self, where: Namespace, port: int, address: str) -> None:
-        self.tcp, self.udp = where.socket(), where.socket(socket.SOCK_DGRAM)
-        self.tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        for sock in (self.tcp, self.udp):
-            sock.bind((address, port))
-        self.tcp.listen(64)
+    def __init__(self, *sockets: socket.socket) -> None:
+        self._sockets = sockets
         self._stop = os.eventfd(0)
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
-    def answer_connection(self, connection: socket.socket, peer: str) -> None:
-        raise NotImplementedError
-
-    def answer_datagram(self) -> None:
-        """There is one in ``udp``."""
+    def ready(self, sock: socket.socket) -> None:
         raise NotImplementedError
 
     def _serve(self) -> None:
+        watched = {sock.fileno(): sock for sock in self._sockets}
         while True:
-            ready, _, _ = select.select([self.tcp.fileno(), self.udp.fileno(), self._stop], [], [])
+            ready, _, _ = select.select([*watched, self._stop], [], [])
             if self._stop in ready:
                 return
-            if self.tcp.fileno() in ready:
-                connection, peer = self.tcp.accept()
-                with connection:
-                    self.answer_connection(connection, peer[0])
-            if self.udp.fileno() in ready:
-                self.answer_datagram()
+            for fd in ready:
+                self.ready(watched[fd])
 
     def __enter__(self) -> Self:
         return self
@@ -188,9 +177,36 @@ class Server:
     ) -> None:
         os.eventfd_write(self._stop, 1)
         self._thread.join()
-        self.tcp.close()
-        self.udp.close()
+        for sock in self._sockets:
+            sock.close()
         os.close(self._stop)
+
+
+class Server(Background):
+    """Answers at one port over TCP and UDP."""
+
+    def __init__(self, where: Namespace, port: int, address: str) -> None:
+        self.tcp, self.udp = where.socket(), where.socket(socket.SOCK_DGRAM)
+        self.tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for sock in (self.tcp, self.udp):
+            sock.bind((address, port))
+        self.tcp.listen(64)
+        super().__init__(self.tcp, self.udp)
+
+    def answer_connection(self, connection: socket.socket, peer: str) -> None:
+        raise NotImplementedError
+
+    def answer_datagram(self) -> None:
+        """There is one in ``udp``."""
+        raise NotImplementedError
+
+    def ready(self, sock: socket.socket) -> None:
+        if sock is self.udp:
+            self.answer_datagram()
+            return
+        connection, peer = self.tcp.accept()
+        with connection:
+            self.answer_connection(connection, peer[0])
 
 
 class Echo(Server):
