@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 LINUX_TABLES = 4 << 20
 LINUX_FIRST_PAGES = 24 << 20
 """What Debian's kernel touches on its way to user space, measured with 256 MiB to 2 GiB of memory."""
-
-
 _SEED_SIZE = 32
 
 
@@ -49,8 +47,8 @@ class KernelLoad:
     """A kernel and what goes with it, checked and open; then ``copy`` and ``inform``. A context manager.
 
     ``rsdp`` comes from ``acpi.write_tables``. ``seeded``: the guest gets randomness, if its protocol has a
-    place for it. ImageError: no kernel, or it does not fit. SpecError: a
-    command line or an initrd that does not fit.
+    place for it. ImageError: no kernel, or it does not fit. SpecError: a command line or an initrd that does
+    not fit.
     """
 
     def __init__(

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 OWN = ("nat", "isolated")
 BRIDGED = (*OWN, "bridge")
 KEPT = (*BRIDGED, "macvtap")
+"""Modes with a keeper; all need root."""
 _OTHERS = {"bridge": "bridge", "macvtap": "", "tap": "tun"}
 """Modes that use an interface of the host's, and the driver that it must have."""
-"""Modes with a keeper; all need root."""
 
 _BY_NETWORK = ("dhcp", "none")
 """Words in the place of an address."""

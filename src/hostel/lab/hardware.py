@@ -20,7 +20,7 @@ from hostel.soft.mini.surroundings import ENDINGS, Surroundings
 from hostel.vmm import layout
 from hostel.vmm.irq import pin_routes
 
-from .reasons import Traced, Tracer
+from .reasons import MODULES, Traced, Tracer
 
 DEADLINE = 60.0
 
@@ -51,22 +51,18 @@ def missing() -> str:
     return ""
 
 
-PAGING = {"kvm_intel": "ept", "kvm_amd": "npt"}
-"""The parameter by which a kernel module is told to use nested paging."""
-
-
 def module() -> str:
-    """Which kernel module is KVM here: one of ``PAGING``, or one that needs no such hardware (PVM)."""
+    """Which kernel module is KVM here: one of ``MODULES``, or one that needs no such hardware (PVM)."""
     names = [path.name for path in Path("/sys/module").glob("kvm_*")]
-    return next((name for name in PAGING if name in names), min(names, default="kvm"))
+    return next((name for name in MODULES if name in names), min(names, default="kvm"))
 
 
 def paging() -> str:
     """How this KVM virtualizes memory: ``nested`` or ``shadow``."""
     name = module()
-    if name not in PAGING:
+    if name not in MODULES:
         return "shadow"  # it knows nothing else
-    with open(f"/sys/module/{name}/parameters/{PAGING[name]}") as file:
+    with open(f"/sys/module/{name}/parameters/{MODULES[name]}") as file:
         return "nested" if file.read().strip() in ("Y", "1") else "shadow"
 
 

@@ -76,15 +76,15 @@ def _processor() -> str:
 
 def _module() -> str:
     name = hardware.module()
-    if name not in hardware.PAGING:
+    if name not in reasons.MODULES:
         return name
-    return f"{name} {hardware.PAGING[name]}={int(hardware.paging() == 'nested')}"
+    return f"{name} {reasons.MODULES[name]}={int(hardware.paging() == 'nested')}"
 
 
 def _cost(workload: Workload) -> Cost:
     run = hardware.play(workload.guest, **workload.parameters)
     traced, vcpu, module = run.traced, run.vcpu, hardware.module()
-    fills = vcpu.get("pf_fixed") if module in hardware.PAGING else None
+    fills = vcpu.get("pf_fixed") if module in reasons.MODULES else None
     if traced is None:
         return Cost(
             workload.guest,

@@ -135,9 +135,9 @@ def _hints(places: Sequence[Column], missing: str) -> Iterator[str]:
         return
     if missing:
         yield f"No KVM here: {missing}. `hostel lab paging --save FILE` elsewhere, then `--with FILE`."
-    elif (name := hardware.module()) in hardware.PAGING:
+    elif (name := hardware.module()) in reasons.MODULES:
         wanted = "shadow" if "nested" in there else "nested"
-        switch = f"{hardware.PAGING[name]}={int(wanted == 'nested')}"
+        switch = f"{reasons.MODULES[name]}={int(wanted == 'nested')}"
         yield (
             f"KVM with {wanted} paging is root's choice, while no machine runs: `hostel lab paging --save "
             f"FILE`; `modprobe -r {name}`; `modprobe {name} {switch}`; `hostel lab paging --with FILE`."

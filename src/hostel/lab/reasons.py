@@ -94,7 +94,8 @@ def of_statistics(
     return _with_rest(counted, vcpu["exits"])
 
 
-MODULES = ("kvm_intel", "kvm_amd")
+MODULES = {"kvm_intel": "ept", "kvm_amd": "npt"}
+"""Whose exits have these numbers, and the parameter by which each is told to use nested paging."""
 
 _MMU = {
     "syncs": ("kvmmmu/kvm_mmu_sync_page", ""),

@@ -29,6 +29,8 @@ RFLAGS_IOPL, RFLAGS_NT, RFLAGS_RF, RFLAGS_VM, RFLAGS_AC = (
     1 << 18,
 )
 RFLAGS_RESERVED = ~0x3F_FFFF | 1 << 15 | 1 << 5 | 1 << 3
+DR6_ONES = 0xFFFF_0FF0
+"""Bits of DR6 that are always 1 (SDM vol. 3B §17.2.3)."""
 
 ACTIVE, HALTED, SHUTDOWN, WAIT_FOR_SIPI = range(4)
 """Activity states (SDM vol. 3C §24.4.2)."""
@@ -82,7 +84,7 @@ class CpuState(msgspec.Struct):
     efer: int = 0
     xcr0: int = 1
     dr: list[int] = msgspec.field(default_factory=lambda: [0] * 4)
-    dr6: int = 0xFFFF0FF0
+    dr6: int = DR6_ONES
     dr7: int = 0x400
     es: Segment = msgspec.field(default_factory=Segment)
     cs: Segment = msgspec.field(default_factory=lambda: Segment(rights=RIGHTS_CODE16))

@@ -25,9 +25,11 @@ from hostel.errors import HostError
 from hostel.hypervisor import DebugExit, Exit, Interrupted, MmioExit, PioExit
 
 from . import registers
+from .core.events import STEP
 from .cpuid import Cpuid
+from .exceptions import DB
 from .hypervisor.inject import Activity
-from .state import RFLAGS_IF
+from .state import DR6_ONES, RFLAGS_IF
 from .vmx.fields import Field
 
 if TYPE_CHECKING:
@@ -40,8 +42,6 @@ TSC_KHZ = 1_000_000
 """A guest instruction is a tick of the TSC and a nanosecond."""
 HOST_VECTOR = 0xF0
 """Of the host's interrupt that gets a guest out."""
-DB, DR6_STEP = 1, 0xFFFF_4FF0
-"""#DB, and DR6 as a single step leaves it: BS, and the bits that are always 1 (SDM vol. 3B §17.2.3)."""
 _LAPIC_SIZE = 0x400
 _LAPIC_SETTABLE = (0x80, 0xD0, 0xE0, 0xF0, 0x320, 0x330, 0x340, 0x350, 0x360, 0x370, 0x3E0)
 """Registers that hold a setting: TPR, LDR, DFR, SVR, the LVT, the divider. Writing others acts."""
@@ -146,7 +146,7 @@ class Vcpu:
     def _debug_exit(self) -> DebugExit:
         state = self._soft.full_state()
         base = 0 if state.bits == 64 else state.cs.base
-        return DebugExit(DB, base + state.rip, DR6_STEP, state.dr7)
+        return DebugExit(DB, base + state.rip, DR6_ONES | STEP, state.dr7)
 
     def _idle(self) -> None:
         """So are all others: time passes as the host's does."""

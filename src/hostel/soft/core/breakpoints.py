@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from hostel.soft.state import CpuState
+from hostel.soft.state import DR6_ONES, CpuState
 
 ENABLED, DETECT = 0xFF, 1 << 13
 """Of DR7: any of the four; general detect, and DR6.BD."""
@@ -62,6 +62,6 @@ def load_debug(state: CpuState, number: int, value: int) -> None:
     if number < 4:
         state.dr[number] = value
     elif number == 6:
-        state.dr6 = value & 0xE00F | 0xFFFF_0FF0
+        state.dr6 = value & 0xE00F | DR6_ONES
     else:
         state.dr7 = value & 0xFFFF_2FFF | 0x400
