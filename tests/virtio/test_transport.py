@@ -198,6 +198,21 @@ def test_config_space_and_its_generation(driver: Driver) -> None:
     assert driver.generation() != before
 
 
+def test_a_config_change_before_driver_ok_is_told_after_it(driver: Driver) -> None:
+    """The driver may have read the old value, and no interrupt may come before DRIVER_OK (§2.5.1)."""
+    driver.negotiate()
+    assert driver.config(0, 1) == 7
+    driver.write_config(0, 1, 8)
+    driver.device.config_changed()
+    if isinstance(driver, PciDriver):
+        driver.set("msix_config", 2, len(driver.device.queue_sizes))
+    assert not wait_fd(driver.config_fd(), 0)
+    driver.set_status(RUNNING)
+    assert wait_fd(driver.config_fd())
+    driver.start()
+    assert not wait_fd(driver.config_fd(), 0), "nothing has changed since this driver came"
+
+
 def test_queues_that_are_not_there(driver: Driver) -> None:
     driver.negotiate()
     if isinstance(driver, PciDriver):

@@ -72,6 +72,8 @@ class Transport:
             for size in device.queue_sizes
         ]
         self.generation = 0
+        self._met_at = 0
+        """The generation when the driver came: it knows of no earlier one."""
         self._clear()
         device.config_changed = self._config_changed
         device.needs_reset = self._needs_reset
@@ -127,6 +129,7 @@ class Transport:
             self.device.prepare()
         except HostelError as error:
             self.device.fail(error)
+        self._met_at = self.generation
 
     def _accept_features(self, bit: int) -> None:
         """§3.1.1 step 5: the bit stays 0 unless we can work with what the driver chose."""
@@ -140,6 +143,8 @@ class Transport:
             self.device.activate(self.memory, self.driver_features, self._wirings())
         except HostelError as error:
             self.device.fail(error)
+        if self.generation != self._met_at:  # it may have read what was there before
+            self.interrupt_config()
 
     def _wirings(self) -> list[QueueWiring]:
         return [
@@ -159,6 +164,7 @@ class Transport:
     # -- from the device, on any thread -------------------------------------------------------
 
     def _config_changed(self) -> None:
+        """No notification before DRIVER_OK (§2.5.1); ``_start`` makes up for it."""
         self.generation = (self.generation + 1) & 0xFF
         if self.running:
             self.interrupt_config()
