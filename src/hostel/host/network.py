@@ -15,7 +15,6 @@ passt dies with its parent.
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Sequence
 from functools import partial
@@ -45,6 +44,8 @@ _OTHERS = {"bridge": "bridge", "macvtap": "", "tap": "tun"}
 _BY_NETWORK = ("dhcp", "none")
 """Words in the place of an address."""
 
+EVERY_ADDRESS, FIRST_GROUP = "0.0.0.0", 224
+"""Of IPv4; from 224.0.0.0 on there are groups, and no host's address."""
 _LOCALLY_ADMINISTERED, _MULTICAST = 2, 1
 DHCP_SECONDS = 10.0
 """How long a start waits for a server's answer. One on the same wire takes milliseconds, one that first
@@ -97,6 +98,8 @@ def check(nics: Sequence[Nic], publish: Sequence[Publish], name: str, *, cpus: i
             "address of its own there",
             cure="use nat or user for the first network, or reach the guest at its own address",
         )
+    for port in publish:
+        _check_port(port)
     return [_checked(nic, index, name, cpus) for index, nic in enumerate(nics)]
 
 
@@ -294,8 +297,14 @@ def _check_interface(nic: Nic) -> None:
 
 
 def _port(port: Publish) -> tuple[str, int, int, str]:
-    if port.address and not re.fullmatch(r"\d+\.\d+\.\d+\.\d+", port.address):
+    """For a keeper, to whom every address is an empty one."""
+    address = "" if port.address == EVERY_ADDRESS else port.address
+    return address, port.host, port.guest, port.protocol
+
+
+def _check_port(port: Publish) -> None:
+    first, dot, _ = port.address.partition(".")
+    if port.address and not (dot and first.isdecimal() and int(first) < FIRST_GROUP):
         raise SpecError(
             f"{port.address} is no IPv4 address to publish at", cure="networks of ours carry IPv4"
         )
-    return port.address, port.host, port.guest, port.protocol

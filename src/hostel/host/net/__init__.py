@@ -20,6 +20,7 @@ For the same reason ``ip -batch`` and ``nft -f`` are run (4 ms each) where pyrou
 ``keeper``            the process: leases, life and end of a network
 ``fabric``            what a network is made of: bridge, taps, sysctls; made and undone
 ``rules``             the nftables rules of a network, as text; a pure function
+``watch``             puts rules back that somebody else took away
 ``rates``             a NIC's rates, where the kernel is to keep them
 ``allow``             allow-lists: what a machine may reach
 ``dns``, ``resolver`` names: messages, and the server

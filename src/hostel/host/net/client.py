@@ -26,7 +26,7 @@ from typing import Any
 import msgspec
 
 from hostel import errors
-from hostel.errors import HelperError, HostError
+from hostel.errors import HelperError, HostError, UserError
 from hostel.host import runtime
 
 from .state import State
@@ -46,7 +46,7 @@ class Lease:
         self._base = runtime.base()
         self._folder = self._base / f"{PREFIX}{kind}-{_word(target)}-{_namespace()}"
         self._network = (kind, target)
-        self._request = msgspec.json.encode(request)
+        self._request = _packed(request)
         self._socket: socket.socket | None = None
         self._starting = 0
         self._answer: dict[str, Any] | None = None
@@ -115,6 +115,18 @@ class Lease:
         return answer
 
 
+def _packed(request: dict[str, Any]) -> bytes:
+    """As one packet."""
+    data = msgspec.json.encode(request)
+    if len(data) > LIMIT:
+        raise UserError(
+            f"{len(request['publish'])} published ports and {len(request['allow'] or ())} allowed "
+            "destinations are too many for one machine",
+            cure="allow prefixes, and publish fewer ports",
+        )
+    return data
+
+
 def sweep() -> list[str]:
     """Undo networks whose keeper was killed. Networks that machines still use stay as they are."""
     parent = runtime.base()
@@ -170,15 +182,19 @@ def _start(folder: Path, network: tuple[str, str]) -> tuple[socket.socket, int]:
             with _short(folder) as path:
                 listener.bind(f"{path}/sock")
             listener.listen(64)
-            pid = _spawn((str(folder), *network), (listener.fileno(), lock), log)
+            sock = _connect(folder)  # before it is there: if we are killed, its first lease breaks
+            assert sock is not None
+            try:
+                pid = _spawn((str(folder), *network), (listener.fileno(), lock), log)
+            except BaseException:
+                sock.close()
+                raise
         except OSError as error:
             raise HostError(
                 f"cannot start a network's keeper in {folder}: {error.strerror}",
                 cost="no network of hostel's own",
                 cure="set XDG_RUNTIME_DIR to a directory of yours with some room, or use --net user",
             ) from None
-        sock = _connect(folder)
-    assert sock is not None
     return sock, pid
 
 

@@ -20,6 +20,7 @@ from .resolver import MAX_ADDRESSES, Resolver
 from .rules import Guest, Port, View, render
 from .state import State
 from .subnet import PREFIX, Pool, Route, choose, routes
+from .watch import Watch
 
 DOMAIN = "hostel"
 MTU = 1500
@@ -45,6 +46,7 @@ class Network:
         self._pool = Pool(choose(self._name, self._routes))
         self._guests: dict[int, Guest] = {}
         self._reserved: dict[int, list[socket.socket]] = {}
+        self._limits: dict[int, dict[str, Any]] = {}
         self._count = 0
         self.notes: list[str] = []
         self._bridge = _free_bridge()
@@ -78,17 +80,36 @@ class Network:
             dns_port=self._resolver.port,
         )
         self._let_through(uplinks)
+        Watch(loop, self)
 
     def _let_through(self, uplinks: list[str]) -> None:
         if uplinks and kernel.sysctl("ipv4/ip_forward") != "1":
             self.state.note("forwarding", self._folder)
             self._view.opened = forwarding.join(self._folder, uplinks)
-        ways, self.notes = firewall.look(self._bridge)
-        if ways:
-            self.state.note("accept", self._bridge)
-            kernel.nft(ways)
+        self.reopen()
         for family in ("inet", "bridge"):
             self.state.note("table", f"{family}:{self._bridge}")
+
+    def reopen(self) -> None:
+        """The host's firewall may have been loaded anew, or only now."""
+        ways, self.notes = firewall.look(self._bridge)
+        if ways and not firewall.is_open(self._bridge, ways):
+            if not self.state.has("accept", self._bridge):
+                self.state.note("accept", self._bridge)
+            firewall.close(self._bridge)
+            kernel.nft(ways)
+
+    def restore(self) -> None:
+        """What began while there were no rules is not taken for something that they have let pass."""
+        self._load()
+        for number, limits in self._limits.items():
+            rates.hold(self.state, self._guests[number].tap, limits)
+        for guest in self._guests.values():
+            if self._is_limited(guest):
+                flows.forget(guest.address)
+
+    def _is_limited(self, guest: Guest) -> bool:
+        return guest.allow is not None or not self._world
 
     # -- machines --------------------------------------------------------------------------------
 
@@ -106,7 +127,7 @@ class Network:
         self._guests[number] = guest
         try:
             self._reserved[number] = []
-            if guest.allow is not None or not self._world:
+            if self._is_limited(guest):
                 flows.forget(guest.address)  # whoever had it before may have been allowed more
             self._publish(guest, request["publish"])
             self._plug(guest, request["queues"], request["mtu"] or self._mtu)
@@ -149,10 +170,12 @@ class Network:
     def limit(self, number: int, limits: dict[str, Any]) -> None:
         """Keep one NIC's rates."""
         rates.hold(self.state, self._guests[number].tap, limits)
+        self._limits[number] = limits
 
     def detach(self, number: int) -> None:
         """Take everything of one NIC away."""
         guest = self._guests.pop(number)
+        self._limits.pop(number, None)
         for sock in self._reserved.pop(number, []):
             sock.close()
         self._pool.give_back(guest.address)

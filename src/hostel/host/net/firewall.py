@@ -21,17 +21,27 @@ def look(bridge: str) -> tuple[str, list[str]]:
     """Rules to let the bridge's packets through; and what is in the way and not ours, as notes."""
     ways, notes = "", []
     for family, table, chains in _tables():
-        dropping = {hook for hook, policy in chains.values() if policy == "drop"}
+        hooks = {hook for hook, policy in chains.values() if policy == "drop"}
+        dropping = hooks & {"forward", "input"}
         if (family, table) == ("ip", "filter"):
             ways += "".join(_openings(bridge, chains))
-        elif table == "firewalld" or "forward" in dropping:
-            notes.append(_note(bridge, family, table))
+        elif table == "firewalld":
+            cure = f"firewall-cmd --zone=trusted --add-interface={bridge}"
+            notes.append(f"firewalld may keep the guests from the network: {cure}")
+        elif family in ("ip", "inet"):
+            notes += (_note(bridge, f"{family} {table}", hook) for hook in sorted(dropping))
     return ways, notes
+
+
+def is_open(bridge: str, ways: str) -> bool:
+    """Whether our rules, ``ways``, stand there."""
+    text = kernel.run([kernel.find("nft"), "list", "table", "ip", "filter"])
+    return text.count(_mark(bridge)) == ways.count(_mark(bridge))
 
 
 def close(bridge: str) -> None:
     """Take our rules out of the host's chains again."""
-    mark = f'comment "hostel {bridge}"'
+    mark = _mark(bridge)
     for family, table, chains in _tables():
         if (family, table) != ("ip", "filter"):
             continue
@@ -54,8 +64,12 @@ def _tables() -> list[tuple[str, str, dict[str, tuple[str, str]]]]:
     return found
 
 
+def _mark(bridge: str) -> str:
+    return f'comment "hostel {bridge}"'
+
+
 def _openings(bridge: str, chains: dict[str, tuple[str, str]]) -> list[str]:
-    rule = f'accept comment "hostel {bridge}"\n'
+    rule = f"accept {_mark(bridge)}\n"
     lines = []
     if chains.get("FORWARD", ("", ""))[1] == "drop":
         chain = "DOCKER-USER" if "DOCKER-USER" in chains else "FORWARD"
@@ -68,8 +82,11 @@ def _openings(bridge: str, chains: dict[str, tuple[str, str]]) -> list[str]:
     return lines
 
 
-def _note(bridge: str, family: str, table: str) -> str:
-    if table == "firewalld":
-        cure = f"firewall-cmd --zone=trusted --add-interface={bridge}"
-        return f"firewalld may keep the guests from the network: {cure}"
-    return f"the firewall table {family} {table} drops what it forwards: let the interface {bridge} through"
+def _note(bridge: str, table: str, hook: str) -> str:
+    """Of chains whose policy is to drop, as far as there are any; what rules drop is not seen."""
+    if hook == "forward":
+        return (
+            f"the firewall table {table} drops what it forwards: let the interface {bridge} through"
+        )
+    rule = f'iifname "{bridge}" ct status dnat accept'
+    return f"the firewall table {table} drops what comes in: no names for machines before its rule {rule}"

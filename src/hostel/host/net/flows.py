@@ -49,14 +49,14 @@ def forget(address: str) -> None:
 
 def _of(sock: socket.socket, direction: int, source: bytes) -> Iterator[bytes]:
     """What names each connection that has this source in this direction. A kernel before 5.8 lists all."""
-    ip = _pack(CTA_TUPLE_IP | NESTED, _pack(CTA_IP_V4_SRC, source))
-    wanted = _pack(direction, struct.pack("=I", CTA_FILTER_F_CTA_IP_SRC))  # CTA_FILTER_…_FLAGS
-    body = _pack(direction | NESTED, ip) + _pack(CTA_FILTER | NESTED, wanted)
+    ip = pack(CTA_TUPLE_IP | NESTED, pack(CTA_IP_V4_SRC, source))
+    wanted = pack(direction, struct.pack("=I", CTA_FILTER_F_CTA_IP_SRC))  # CTA_FILTER_…_FLAGS
+    body = pack(direction | NESTED, ip) + pack(CTA_FILTER | NESTED, wanted)
     for found in _ask(sock, CT_GET, NLM_F_DUMP, body):
-        parts = dict(_unpack(found))
+        parts = dict(unpack(found))
         if _source(parts.get(direction, b"")) == source:
             kept = (CTA_TUPLE_ORIG | NESTED, CTA_ID, CTA_ZONE)
-            yield b"".join(_pack(k, parts[k & TYPE]) for k in kept if k & TYPE in parts)
+            yield b"".join(pack(k, parts[k & TYPE]) for k in kept if k & TYPE in parts)
 
 
 def _delete(sock: socket.socket, names: bytes) -> None:
@@ -85,16 +85,16 @@ def _ask(sock: socket.socket, kind: int, flags: int, body: bytes) -> Iterator[by
 
 
 def _source(parts: bytes) -> bytes:
-    addresses = dict(_unpack(parts)).get(CTA_TUPLE_IP, b"")
-    return dict(_unpack(addresses)).get(CTA_IP_V4_SRC, b"")
+    addresses = dict(unpack(parts)).get(CTA_TUPLE_IP, b"")
+    return dict(unpack(addresses)).get(CTA_IP_V4_SRC, b"")
 
 
-def _pack(kind: int, payload: bytes) -> bytes:
+def pack(kind: int, payload: bytes) -> bytes:
     size = ATTRIBUTE.size + len(payload)
     return ATTRIBUTE.pack(size, kind) + payload + bytes(_aligned(size) - size)
 
 
-def _unpack(data: bytes) -> Iterator[tuple[int, bytes]]:
+def unpack(data: bytes) -> Iterator[tuple[int, bytes]]:
     while len(data) >= ATTRIBUTE.size:
         size, kind = ATTRIBUTE.unpack_from(data)
         yield kind & TYPE, data[ATTRIBUTE.size : size]

@@ -14,6 +14,7 @@ from hostel.vmm.loop import EventLoop
 
 from . import kernel, rates
 from .state import State
+from .watch import Watch
 
 
 class _Links:
@@ -23,10 +24,12 @@ class _Links:
         self._target = target
         self.state = State(folder)
         self._links: dict[int, str] = {}
+        self._limits: dict[int, dict[str, Any]] = {}
         self._count = 0
+        self._watch: Watch | None = None
 
     def make(self, loop: EventLoop) -> None:
-        pass
+        self._loop = loop
 
     def _name(self, prefix: str) -> tuple[int, str]:
         """A free name, noted as ours."""
@@ -38,9 +41,20 @@ class _Links:
         return self._count, name
 
     def limit(self, number: int, limits: dict[str, Any]) -> None:
+        """The first rules here: from now on they are watched."""
         rates.hold(self.state, self._links[number], limits)
+        self._limits[number] = limits
+        self._watch = self._watch or Watch(self._loop, self)
+
+    def restore(self) -> None:
+        for number, limits in self._limits.items():
+            rates.hold(self.state, self._links[number], limits)
+
+    def reopen(self) -> None:
+        pass
 
     def detach(self, number: int) -> None:
+        self._limits.pop(number, None)
         name = self._links.pop(number)
         with contextlib.suppress(HostError):  # the host's interface has gone, and took it along
             kernel.ip([f"link del {name}"])

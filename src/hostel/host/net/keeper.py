@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -164,9 +165,16 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: keeper.loop.call_soon(keeper.end))
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    _raise_file_limit()
     keeper.start()
     while not keeper.ended.wait(3600):
         pass
+
+
+def _raise_file_limit() -> None:
+    """Each lease, published port and question is a descriptor; the usual soft limit is 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _fabric(folder: str, kind: str, target: str) -> Fabric:

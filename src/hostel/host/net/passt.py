@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hostel.errors import HelperError, SpecError
+from hostel.errors import HelperError
 from hostel.host import toolbox
 from hostel.host.interface import Attachment, GuestLink
 from hostel.host.process import Helper
@@ -69,7 +69,5 @@ def _ports(publish: Sequence[Publish]) -> list[str]:
     for port in publish:
         flag = "-u" if port.protocol == "udp" else "-t"
         where = f"{port.address}/" if port.address else ""
-        if ":" in where:
-            raise SpecError(f"{port.address} is no IPv4 address to publish at")
         options += [flag, f"{where}{port.host}:{port.guest}"]
     return options

@@ -161,10 +161,12 @@ def outside(address: str) -> bool:
         return False
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         try:
-            sock.bind((address, 0))
+            sock.connect((address, 9))  # sends nothing; and bind tells nothing (ip_nonlocal_bind)
+        except PermissionError:
+            return False  # a broadcast
         except OSError:
-            return True  # not an address of this host
-        return False
+            return True  # no way there, as yet
+        return bool(sock.getsockname()[0] != address)  # the host reaches itself as itself
 
 
 def _sockets(address: str) -> tuple[socket.socket, socket.socket]:

@@ -148,9 +148,10 @@ def _lists(view: View) -> Iterator[str]:
     """For each guest with an allow-list, what it may ask of the host, and what it may reach elsewhere."""
     for guest in view.guests:
         if guest.allow is not None:
+            at_home = [_allowed(guest, entry) for entry in guest.allow if entry.kind == "address"]
             single = [_allowed(guest, entry) for entry in guest.allow if entry.kind != "prefix"]
             wide = [_allowed(guest, entry) for entry in guest.allow if entry.kind == "prefix"]
-            yield from chain(f"host{guest.number}", "", (*single, "drop"))
+            yield from chain(f"host{guest.number}", "", (*at_home, "drop"))
             beyond = ('oifname "hostel*" drop', *wide) if view.world else ()
             near = single if view.world else [f'oifname "{view.bridge}" {rule}' for rule in single]
             yield from chain(f"reach{guest.number}", "", (*near, *beyond, "drop"))

@@ -51,19 +51,20 @@ class State:
     def has(self, kind: str, name: str) -> bool:
         return (kind, name) in self._entries
 
+    def names(self, kind: str) -> list[str]:
+        return [name for word, name in self._entries if word == kind]
+
     def in_use(self) -> bool:
         """Whether a machine still has one of the taps open."""
         present = kernel.interfaces()
-        links = [name for kind, name in self._entries if kind == "link" and name in present]
-        return any(_is_open(name) for name in links)
+        return any(_is_open(name) for name in self.names("link") if name in present)
 
     def undo(self) -> None:
         """Put everything back."""
         for kind, take_away in _UNDO.items():
-            names = [name for word, name in reversed(self._entries) if word == kind]
-            if names:
+            if names := self.names(kind):
                 with contextlib.suppress(HostError):  # the host's administrator was faster
-                    take_away(names)
+                    take_away(names[::-1])
 
 
 def _is_open(link: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from itertools import pairwise
 from zlib import crc32
 
 from hostel.errors import HostError, UserError
@@ -16,6 +17,10 @@ from . import kernel
 
 PREFIX = 24
 SIZE = 1 << (32 - PREFIX)
+LARGEST = 1 << 28
+BLOCKS = ("10.213.0.0", "172.29.0.0", "192.168.0.0", "100.127.0.0")
+"""Each of 256 subnets: private ones (RFC 1918), and a part of 100.64.0.0/10 (RFC 6598), as there are VPNs
+with routes to all that is private."""
 _ROUTE_KINDS = ("unicast", "local", "broadcast", "multicast", "throw", "unreachable",
                 "prohibit", "blackhole", "nat")  # fmt: skip
 
@@ -37,8 +42,8 @@ class Route:
 
 def routes() -> list[Route]:
     """All that the host has, of all tables: a VPN may have its own."""
-    lines = kernel.run([kernel.find("ip"), "-4", "route", "show", "table", "all"]).splitlines()
-    return [_route(line.split()) for line in lines if line.strip()]
+    text = kernel.run([kernel.find("ip"), "-4", "-o", "route", "show", "table", "all"])
+    return [route for line in text.splitlines() if line.strip() for route in _routes(line)]
 
 
 def choose(name: str, taken: list[Route]) -> int:
@@ -46,22 +51,29 @@ def choose(name: str, taken: list[Route]) -> int:
     for base in _candidates(name):
         if not any(r.base < base + SIZE and base < r.base + r.size for r in taken):
             return base
-    raise HostError("every private IPv4 subnet that hostel uses is in use on this host")
+    raise HostError(
+        f"the host has routes to every subnet that hostel would use (of {', '.join(BLOCKS)})",
+        cost="no network of hostel's own",
+        cure="see: ip route; or use --net bridge, macvtap or tap",
+    )
 
 
-def _route(words: list[str]) -> Route:
+def _routes(line: str) -> Iterator[Route]:
+    """One for each way that the packets may take (ip-route(8), ``nexthop``)."""
+    words = line.replace("\\", " ").split()
     kind = words.pop(0) if words[0] in _ROUTE_KINDS else "unicast"
-    device = words[words.index("dev") + 1] if "dev" in words else ""
     address, _, prefix = words[0].partition("/")
     length = int(prefix or 32)
-    if words[0] == "default" or length < 4:  # halves of the world are a VPN's default route
-        return Route(kind, 0, 0, device)
-    return Route(kind, number(address), 1 << (32 - length), device)
+    base, size = (0, 0) if address == "default" else (number(address), 1 << (32 - length))
+    if size > LARGEST:  # halves of the world are a VPN's default route
+        base = size = 0
+    for device in [name for word, name in pairwise(words) if word == "dev"] or [""]:
+        yield Route(kind, base, size, device)
 
 
 def _candidates(name: str) -> Iterator[int]:
     first = 0 if name == "default" else 1 + crc32(name.encode()) % 255
-    for block in ("10.213.0.0", "172.29.0.0", "192.168.0.0"):
+    for block in BLOCKS:
         for n in range(256):
             yield number(block) + ((first + n) % 256) * SIZE
 
@@ -102,7 +114,7 @@ class Pool:
         if prefix not in ("", str(PREFIX)) or not self.base + 1 < value < self.base + SIZE - 1:
             raise UserError(
                 f"{wanted} is no address for a machine on this network",
-                cure=f"choose one of {text(self.base + 2)} to {text(self.base + SIZE - 2)}, or none",
+                cure=f"choose one of {text(self.base + 2)} to {text(self.base + SIZE - 2)}, or leave ip= out",
             )
         if value in self._taken:
             raise UserError(f"{address} is in use by another machine of this network")
