@@ -68,6 +68,9 @@ def _guided(name: str, seconds: int, folder: Path) -> None:
 
         target = make(name, folder)
     options = [f"-max_total_time={seconds}", "-max_len=4096", "-print_final_stats=1", "-timeout=30"]
+    options += [
+        "-handle_xfsz=0"
+    ]  # a file that would be too large (``bounded``) is an error for the target
     atheris.Setup([name, *options, os.getcwd(), str(CORPUS / name)], target.run)
     atheris.Fuzz()
 

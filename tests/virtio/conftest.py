@@ -54,9 +54,18 @@ def stream_nic(rig: Rig) -> Iterator[StreamNics]:
 @pytest.fixture
 def loop_device(image: Path) -> Iterator[str]:
     """``image``, a fixture of the test's module, as a block device."""
-    made = subprocess.run(
-        ["losetup", "-f", "--show", str(image)], check=False, capture_output=True, text=True
-    )
+    yield from _looped(image)
+
+
+@pytest.fixture
+def loop_device_of_4k(image: Path) -> Iterator[str]:
+    """The same, with blocks of 4 KiB."""
+    yield from _looped(image, "--sector-size", "4096")
+
+
+def _looped(image: Path, *options: str) -> Iterator[str]:
+    command = ["losetup", "-f", "--show", *options, str(image)]
+    made = subprocess.run(command, check=False, capture_output=True, text=True)
     if made.returncode:
         pytest.skip(f"no loop device here: {made.stderr.strip()}")
     yield made.stdout.strip()

@@ -368,3 +368,25 @@ def test_a_block_device(rig: Rig, image: Path, loop_device: str) -> None:
     assert disk.ranges(abi.BLK_T_DISCARD, (16, 8, 0)) in (OK, UNSUPP)
     disk.driver.set_status(0)
     block.close()
+
+
+@pytest.mark.parametrize("cache", ["writeback", "none"])
+def test_a_device_with_blocks_of_4_kib(
+    rig: Rig, image: Path, loop_device_of_4k: str, cache: CacheMode
+) -> None:
+    """The guest's are of 512 bytes: what it does with parts of the device's is done all the same."""
+    content = bytearray(image.read_bytes())
+    disk = disk_on(rig, Block(rig.loop, loop_device_of_4k, name="loop", cache=cache))
+    assert disk.write(3, b"x" * 512) == OK
+    assert disk.ranges(abi.BLK_T_WRITE_ZEROES, (13, 9, 0)) == OK
+    assert disk.ranges(abi.BLK_T_WRITE_ZEROES, (5, 1, abi.BLK_WRITE_ZEROES_FLAG_UNMAP)) == OK
+    assert disk.ranges(abi.BLK_T_DISCARD, (33, 20, 0), (57, 2, 0)) == OK
+    content[3 * 512 : 4 * 512] = b"x" * 512
+    for first, count in ((13, 9), (5, 1)):
+        content[first * 512 : (first + count) * 512] = bytes(count * 512)
+    status, found = disk.read(0, 64 * 512)
+    assert status == OK
+    assert found[: 40 * 512] == content[: 40 * 512]
+    assert found[48 * 512 :] == content[48 * 512 : 64 * 512], "blocks discarded in part stay"
+    disk.driver.set_status(0)
+    disk.driver.device.close()

@@ -29,7 +29,7 @@ from .queue import take, total
 
 SECTOR = 512
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 0x10  # FALLOC_FL_*, <linux/falloc.h>
-_BLKDISCARD, _BLKPBSZGET, _BLKZEROOUT = 0x1277, 0x127B, 0x127F  # <linux/fs.h>
+_BLKSSZGET, _BLKDISCARD, _BLKPBSZGET, _BLKZEROOUT = 0x1268, 0x1277, 0x127B, 0x127F  # <linux/fs.h>
 _ZEROES = bytes(1 << 20)
 MAX_BLOCK = 4096
 _IN_MEMORY = {0x0102_1994, 0x8584_58F6}
@@ -72,6 +72,7 @@ class DiskFile:
             self.is_device = self._check()
             self._lock()
             self.size = self._measure()
+            self._block = self._asked(_BLKSSZGET) if self.is_device else 1
             self.block_exponent = self._block_exponent()
             if not self.is_cached:
                 self._direct = self._open_direct(access)
@@ -109,11 +110,12 @@ class DiskFile:
     def _block_exponent(self) -> int:
         """Logical blocks (512 bytes) of a physical one, as a power of two: a guest that writes whole ones
         spares the host reading what it has to keep of them."""
-        size = os.fstat(self.fd).st_blksize
-        if self.is_device:
-            answer = fcntl.ioctl(self.fd, _BLKPBSZGET, bytes(4))
-            size = int.from_bytes(answer, "little")
+        size = self._asked(_BLKPBSZGET) if self.is_device else os.fstat(self.fd).st_blksize
         return max(1, min(size, MAX_BLOCK) // SECTOR).bit_length() - 1
+
+    def _asked(self, request: int) -> int:
+        """A number that the device's driver knows."""
+        return int.from_bytes(fcntl.ioctl(self.fd, request, bytes(4)), "little")
 
     def _measure(self) -> int:
         self._end = os.lseek(self.fd, 0, os.SEEK_END)
@@ -180,13 +182,20 @@ class DiskFile:
             os.fdatasync(self.fd)
 
     def discard(self, offset: int, length: int) -> None:
+        """Of a device's block, 4 KiB on many disks, that it holds in part, it is free to do nothing."""
         if self.is_device:
-            self._range_ioctl(_BLKDISCARD, offset, length)
+            first = -(-offset // self._block) * self._block
+            whole = (offset + length) // self._block * self._block - first
+            if whole > 0:
+                self._range_ioctl(_BLKDISCARD, first, whole)
         else:
             self._fallocate(_PUNCH_HOLE | _KEEP_SIZE, offset, length)
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         """By the file system or the device where they can, by hand where they cannot."""
+        if (offset | length) % self._block:
+            self._write_zeroes_by_hand(offset, length)
+            return
         try:
             if self.is_device:
                 self._range_ioctl(_BLKZEROOUT, offset, length)
