@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,3 +56,70 @@ def test_a_step_that_fails_is_named(tmp_path: Path) -> None:
         pytest.raises(hostel.BootError, match="/proc/nowhere"),
     ):
         vm.exec(["true"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"argv": ["true", 1]}, "argv must be a list of strings: .* not int"),
+        ({"argv": "true"}, "not a string"),
+        ({"argv": ["true"], "input": "text"}, "input must be bytes, not str"),
+        ({"argv": ["true"], "env": ["A=1"]}, "env must map names to values, .* be a list"),
+        ({"argv": ["true"], "env": {"A": 1}}, "not 'A' to 1"),
+        ({"argv": ["true"], "env": {"A=B": "1"}}, "not the name of a variable: 'A=B'"),
+        ({"argv": ["true"], "env": {"A": "1\0"}}, "NUL"),
+        ({"argv": ["a\0b"]}, "NUL"),
+    ],
+)
+def test_what_no_command_can_have_is_said_before_a_boot(
+    wrong: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(hostel.SpecError, match=message):
+        hostel.run(**wrong, kernel="/nonexistent")
+
+
+@pytest.mark.qemu
+def test_a_command_as_python_starts_them(tmp_path: Path) -> None:
+    with hostel.Machine(engine="qemu", memory=256 << 20) as vm:
+        pwd = vm.exec([Path("/bin/sh"), "-c", 'pwd; echo "$PATH $A"'], cwd=tmp_path, env={"A": "1"})
+        assert pwd.stdout.decode().splitlines()[0] == str(tmp_path)
+        assert "/usr/bin" in pwd.stdout.decode()
+        assert pwd.stdout.endswith(b" 1\n")
+        with pytest.raises(hostel.SpecError, match="input must be bytes"):
+            vm.exec(["cat"], input="text")  # type: ignore[arg-type]
+        assert vm.exec(["cat"], input=memoryview(b"bytes")).stdout == b"bytes"
+        assert _in_a_fork(vm) == "the machine is of the process that this one was forked from"
+        with pytest.raises(KeyboardInterrupt), _interrupt(0.5):
+            vm.exec(["sleep", "1234"])
+        assert vm.exec(["pgrep", "-f", "^sleep 1234"]).exit_code == 1
+
+
+def _in_a_fork(vm: hostel.Machine) -> str:
+    """What a forked child is told that uses the machine and then leaves its ``with``."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            vm.exec(["true"])
+        except hostel.MachineStopped as error:
+            os.write(writer, str(error).encode())
+        finally:
+            vm.stop()
+            os._exit(0)
+    os.close(writer)
+    with open(reader) as told:
+        answer = told.read()
+    os.waitpid(child, 0)
+    return answer
+
+
+@contextlib.contextmanager
+def _interrupt(seconds: float) -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGINT, before)

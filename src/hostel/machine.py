@@ -23,7 +23,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -36,16 +35,16 @@ from .errors import (
     MachineStopped,
     MachineTimeout,
     SpecError,
-    UserError,
 )
 from .plan import CONSOLE_LINES, ENDED, Balloon, Ending, Engine, Plan, explain_ending
-from .spec import MIN_MEMORY, MachineSpec, parse_size
+from .spec import MachineSpec
 
 if TYPE_CHECKING:
     import socket
 
     from .console import Console
-    from .guest.client import AgentClient, GuestProcess, Hello, Ids
+    from .guest.client import AgentClient, GuestProcess, Hello, Ids, Word
+    from .guest.protocol import Buffer
     from .host.networks import Networks
     from .host.shares import Served, Share
     from .host.storage import Daemon
@@ -80,6 +79,7 @@ class Machine:
         """Seconds from ``start`` to: the plan made, the engine started, the agent there, ready."""
         self.restarts = 0
         self._lock = threading.RLock()
+        self._process = os.getpid()
         self._undo = ExitStack()
         self._power = ExitStack()
         """What one power-on has to give back."""
@@ -175,6 +175,8 @@ class Machine:
 
     def stop(self, timeout: float = STOP_SECONDS) -> None:
         """End the machine; idempotent. With a writable disk the guest has ``timeout`` to shut down."""
+        if self._process != os.getpid():
+            return  # a forked child leaves its ``with``; none of our threads is in it
         with self._lock:
             if self._engine is not None and self._ending is None:
                 if self._hello and any(drive.keeps_writes for drive in self.plan.disks):
@@ -205,12 +207,7 @@ class Machine:
     def __enter__(self) -> Machine:
         return self.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def resize_disk(self, index: int, size: int) -> None:
@@ -225,10 +222,10 @@ class Machine:
 
     def popen(
         self,
-        argv: Sequence[str],
+        argv: Sequence[Word],
         *,
         env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
+        cwd: Word | None = None,
         user: str | None = None,
         tty: tuple[int, int] | None = None,
         stdin: int | bool | None = True,
@@ -239,15 +236,18 @@ class Machine:
 
         ``stdin``: True to feed it with ``write``, a host file descriptor to pass on, None or False for
         nothing. ``stdout``, ``stderr``: host file descriptors, or None to ``read``. ``tty``: rows and
-        columns. The user is the caller where the root is the host's, else root.
+        columns. The user is the caller where the root is the host's, else root. ``env`` is added to what a
+        login gives: PATH, HOME, USER, LOGNAME and SHELL.
         """
-        from .guest.client import Tty
+        from .guest.client import Tty, check_argv, check_env
 
+        check_argv(argv)  # before a boot, should it be the first
+        self._running()
         self.wait_ready()
         client, _ = self._running()
         return client.spawn(
             argv,
-            env={"PATH": PATH} if env is None else env,
+            env={"PATH": PATH, **check_env(env)},
             cwd=cwd or self._directory(),
             user=user or self._user(),
             tty=Tty(*tty) if tty else None,
@@ -259,21 +259,28 @@ class Machine:
 
     def exec(
         self,
-        argv: Sequence[str],
+        argv: Sequence[Word],
         *,
-        input: bytes | None = None,
+        input: Buffer | None = None,
         env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
+        cwd: Word | None = None,
         user: str | None = None,
         timeout: float | None = None,
     ) -> Result:
-        """Run a command to its end. ``MachineTimeout`` after ``timeout`` seconds: it is killed then."""
+        """Run a command to its end. ``MachineTimeout`` after ``timeout`` seconds. Whatever keeps us from its
+        end, Ctrl-C too, kills it."""
+        from .guest.client import check_input
+
+        data = check_input(input)
         process = self.popen(argv, env=env, cwd=cwd, user=user, stdin=input is not None)
         try:
-            stdout, stderr, status = process.communicate(input or b"", timeout)
+            stdout, stderr, status = process.communicate(data, timeout)
         except MachineTimeout:
             process.signal(9)
             raise MachineTimeout(f"{argv[0]} did not end within {timeout:g} s") from None
+        except BaseException:
+            process.signal(9)
+            raise
         if status.error:
             stderr += f"{status.error}\n".encode()
         return Result(status.returncode, stdout, stderr, status.signal)
@@ -295,7 +302,7 @@ class Machine:
     def balloon(self, size: int | str | None = None) -> Balloon:
         """The guest's memory now. With ``size`` (bytes, or such as ``"256M"``) it is asked to make do with
         that much; it does so in its own time, and not where it cannot."""
-        target = check_target(self.spec, size)
+        target = Balloon.aim(self.spec, size)
         self.wait_ready()
         return self._driven().balloon(target)
 
@@ -368,6 +375,8 @@ class Machine:
     # -- inside ----------------------------------------------------------------------------------
 
     def _running(self) -> tuple[AgentClient, Preparation]:
+        if self._process != os.getpid():
+            raise MachineStopped("the machine is of the process that this one was forked from")
         if self._client is None or self._prepared is None:
             raise MachineStopped("the machine has not been started")
         return self._client, self._prepared
@@ -406,35 +415,22 @@ class Machine:
         return os.getcwd() if self.spec.root.kind == "host" else "/"
 
 
-def check_target(spec: MachineSpec, size: int | str | None) -> int | None:
-    """A balloon's target in bytes."""
-    if not spec.balloon:
-        raise UserError("the machine has no balloon", cure="start it with balloon=True")
-    if size is None:
-        return None
-    target = parse_size(size) if isinstance(size, str) else size
-    if not MIN_MEMORY <= target <= spec.memory:
-        raise UserError(
-            f"a machine with {spec.memory >> 20}M can be {MIN_MEMORY >> 20}M to {spec.memory >> 20}M large,"
-            f" not {target >> 20}M"
-        )
-    return target
-
-
 def run(
-    argv: Sequence[str],
+    argv: Sequence[Word],
     *,
-    input: bytes | None = None,
+    input: Buffer | None = None,
     env: Mapping[str, str] | None = None,
-    cwd: str | None = None,
+    cwd: Word | None = None,
     user: str | None = None,
     timeout: float | None = None,
     **fields: Any,
 ) -> Result:
     """Run one command in a machine of its own. ``fields`` are those of ``MachineSpec``."""
-    from .guest.client import check_argv
+    from .guest.client import check_argv, check_env, check_input
 
-    check_argv(argv)
+    check_argv(argv)  # now, not when the machine is there
+    check_env(env)
+    check_input(input)
     with Machine(**{"on_reboot": "stop", **fields}) as machine:
         return machine.exec(argv, input=input, env=env, cwd=cwd, user=user, timeout=timeout)
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import msgspec
 
 from .console import Console
-from .errors import GuestCrash, HelperError, HostelError, MachineStopped
+from .errors import GuestCrash, HelperError, HostelError, MachineStopped, UserError
 from .host.interface import Interface as Interface  # noqa: PLC0414 (part of a plan, shown here)
-from .spec import Disk, MachineSpec
+from .spec import MIN_MEMORY, Disk, MachineSpec, parse_size
 
 if TYPE_CHECKING:
     import socket
@@ -135,6 +135,21 @@ class Balloon(msgspec.Struct, frozen=True):
     statistics: dict[str, int]
     """The guest's own view: ``free_memory``, ``available_memory`` …, as far as its driver says; empty
     where there is none."""
+
+    @staticmethod
+    def aim(spec: MachineSpec, size: int | str | None) -> int | None:
+        """A target in bytes, checked."""
+        if not spec.balloon:
+            raise UserError("the machine has no balloon", cure="start it with balloon=True")
+        if size is None:
+            return None
+        target = parse_size(size) if isinstance(size, str) else size
+        if not MIN_MEMORY <= target <= spec.memory:
+            most = f"{spec.memory >> 20}M"
+            raise UserError(
+                f"a machine with {most} can be {MIN_MEMORY >> 20}M to {most} large, not {target >> 20}M"
+            )
+        return target
 
 
 def explain_ending(ending: Ending, console: Console) -> HostelError:

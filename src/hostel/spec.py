@@ -29,6 +29,8 @@ Cache = Literal["auto", "always", "none"]
 FileServer = Literal["auto", "virtiofsd", "python"]
 NetPlane = Literal["auto", "python", "vhost", "vhost-user"]
 NicModel = Literal["virtio", "e1000"]
+Vsock = Literal["none", "auto", "vhost", "python"]
+OnReboot = Literal["restart", "stop"]
 
 MAX_CPUS = 32
 MAX_MTU = 65521
@@ -331,7 +333,7 @@ class MachineSpec(_Part, frozen=True):
     nics: tuple[Nic, ...] = ()
     publish: tuple[Publish, ...] = ()
     """On the first NIC."""
-    vsock: Literal["none", "auto", "vhost", "python"] = "none"
+    vsock: Vsock = "none"
     """A virtio-vsock device, and who serves it."""
     balloon: bool = False
     """A virtio-balloon: memory that the guest no longer uses goes back to the host, and ``Machine.balloon``
@@ -339,19 +341,17 @@ class MachineSpec(_Part, frozen=True):
     volumes: tuple[Volume, ...] = ()
     tmpfs: tuple[str, ...] = ()
     hostname: str = ""
-    on_reboot: Literal["restart", "stop"] = "restart"
+    on_reboot: OnReboot = "restart"
 
     def __post_init__(self) -> None:
-        self._check_parts()
+        self._check_kinds()
         if not 1 <= self.cpus <= MAX_CPUS:
             raise SpecError(f"cpus must be 1 to {MAX_CPUS}, not {self.cpus}")
         if self.memory < MIN_MEMORY:
             raise SpecError(f"memory must be at least {MIN_MEMORY} bytes (32M), not {self.memory}")
         if self.soft and self.engine != "soft":
-            raise SpecError(
-                "paging, trap, record, replay and trace are words of engine soft",
-                cure="add --engine soft",
-            )
+            what = "paging, trap, record, replay and trace are words of engine soft"
+            raise SpecError(what, cure="add --engine soft")
         if self.soft and self.soft.logged:
             self._check_logged(self.soft)
         if self.pin and len(self.pin) != self.cpus:
@@ -365,11 +365,8 @@ class MachineSpec(_Part, frozen=True):
             if not place:
                 raise SpecError("nothing can be mounted over the guest's root", cure="see --root")
             if place in ("proc", "sys", "dev"):
-                raise SpecError(
-                    f"nothing can be mounted over the guest's /{place}",
-                    cost="no program would work in it",
-                    cure="choose another place",
-                )
+                what, cost = f"over the guest's /{place}", "no program would work in it"
+                raise SpecError(f"nothing can be mounted {what}", cost=cost, cure="choose another")
         self._check_network()
 
     def _check_logged(self, soft: Soft) -> None:
@@ -383,18 +380,25 @@ class MachineSpec(_Part, frozen=True):
             "a balloon": self.balloon,
         }
         if there := [name for name, given in parts.items() if given]:
-            raise SpecError(
-                f"a machine with {there[0]} cannot be recorded: what its device does beside the guest is"
-                " not in the log",
-                cure="give it a serial console, timers and interrupts only",
-            )
+            why = "what its device does beside the guest is not in the log"
+            cure = "give it a serial console, timers and interrupts only"
+            raise SpecError(f"a machine with {there[0]} cannot be recorded: {why}", cure=cure)
 
-    def _check_parts(self) -> None:
+    def _check_kinds(self) -> None:
         """What JSON and TOML are checked for by their decoder, keywords are here."""
-        for name, part in _PARTS.items():
-            for value in getattr(self, name):
-                if not isinstance(value, part):
-                    raise SpecError(f"{name} must hold {part.__name__} values, not {value!r}")
+        for name, default in zip(self.__struct_fields__, self.__struct_defaults__, strict=True):
+            value, kind, what = getattr(self, name), type(default), ""
+            if name in _WORDS and value not in (words := get_args(_WORDS[name])):
+                what = f"be one of {', '.join(words)}"
+            elif isinstance(default, str | int | Root) and type(value) is not kind:
+                what = f"be of type {kind.__name__}"
+            elif kind is tuple and not isinstance(value, tuple | list):
+                what = "be a tuple"
+            for one in value if kind is tuple and not what else ():
+                if not isinstance(one, _PARTS[name]):
+                    what, value = f"hold {_PARTS[name].__name__} values", one
+            if what:
+                raise SpecError(f"{name} must {what}, not {value!r}")
 
     def _check_network(self) -> None:
         for mode, target in (taken := [(nic.mode, nic.target) for nic in self.nics]):
@@ -422,14 +426,9 @@ class MachineSpec(_Part, frozen=True):
         return msgspec.structs.replace(self, **changes)
 
 
-_PARTS: dict[str, type] = {
-    "disks": Disk,
-    "nics": Nic,
-    "publish": Publish,
-    "volumes": Volume,
-    "tmpfs": str,
-    "pin": int,
-}
+_PARTS: dict[str, type] = {"disks": Disk, "nics": Nic, "publish": Publish, "volumes": Volume}
+_PARTS |= {"tmpfs": str, "pin": int}
+_WORDS = {"engine": EngineName, "transport": Transport, "vsock": Vsock, "on_reboot": OnReboot}
 
 
 def decode(text: str | bytes, *, format: Literal["json", "toml"]) -> MachineSpec:

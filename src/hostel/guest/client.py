@@ -7,6 +7,7 @@ protocol), ``MachineStopped`` (the stream ended), ``MachineTimeout`` (the caller
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 import time
@@ -47,6 +48,9 @@ class Ids(msgspec.Struct, frozen=True):
 
 
 ROOT = Ids(0, 0)
+
+Word = str | os.PathLike[str]
+"""Of a command: text, or what Python takes for a path."""
 
 
 class Tty(msgspec.Struct, frozen=True):
@@ -111,10 +115,10 @@ class AgentClient:
 
     def spawn(
         self,
-        argv: Sequence[str],
+        argv: Sequence[Word],
         *,
         env: Mapping[str, str] | None = None,
-        cwd: str = "/",
+        cwd: Word = "/",
         user: str | Ids = ROOT,
         tty: Tty | None = None,
         stdin: bool | int = True,
@@ -126,14 +130,14 @@ class AgentClient:
         guest. ``stdin`` is True (``write``), False (``/dev/null``) or a file descriptor of the host;
         ``stdout`` and ``stderr`` are file descriptors that get the bytes, or None (``read``).
         ``login_env`` adds HOME, USER, LOGNAME and SHELL where ``env`` has none."""
-        check_argv(argv)
+        words, given = check_argv(argv), check_env(env)
         flags = (ExecFlag.TTY if tty else 0) | (ExecFlag.LOGIN_ENV if login_env else 0)
         flags |= 0 if stdin is False else ExecFlag.STDIN
         size = tty or Tty(0, 0)
-        variables = {**({"TERM": "linux"} if tty else {}), **(env or {})}
+        variables = {**({"TERM": "linux"} if tty else {}), **given}
         message = Writer().u32(flags, size.rows, size.cols)
         _write_user(message, user)
-        message.string(cwd).strings(argv)
+        message.string(os.fsdecode(cwd)).strings(words)
         message.strings([f"{name}={value}" for name, value in variables.items()])
         process = GuestProcess(self._connection, has_input=stdin is not False or tty is not None)
         self._connection.send(Type.EXEC, process.id, message.data)
@@ -187,12 +191,49 @@ class AgentClient:
             self._changed.wait(left)
 
 
-def check_argv(argv: Sequence[str]) -> None:
-    """SpecError if it is no argument vector."""
+def check_argv(argv: Sequence[Word]) -> list[str]:
+    """Its words; SpecError if it is no argument vector."""
     if isinstance(argv, str | bytes):  # a sequence too, of one-letter words
         raise SpecError("argv must be a list of strings, not a string")
-    if not argv or not argv[0]:
+    try:
+        words = [os.fsdecode(word) for word in argv]
+    except TypeError as error:
+        raise SpecError(f"argv must be a list of strings: {error}") from None
+    if not words or not words[0]:
         raise SpecError("no command was given")
+    _check_nul(words)
+    return words
+
+
+def check_env(env: Mapping[str, str] | None) -> dict[str, str]:
+    """A copy; SpecError for what are no variables."""
+    given = {} if env is None else env
+    if not isinstance(given, Mapping):
+        raise SpecError(f"env must map names to values, as a dict does, not be a {_kind(env)}")
+    for name, value in given.items():
+        if not (isinstance(name, str) and isinstance(value, str)):
+            raise SpecError(f"env must map strings to strings, not {name!r} to {value!r}")
+        if not name or "=" in name:
+            raise SpecError(f"not the name of a variable: {name!r}")
+    _check_nul([*given, *given.values()])
+    return dict(given)
+
+
+def _check_nul(words: Sequence[str]) -> None:
+    if wrong := next((word for word in words if "\0" in word), ""):
+        raise SpecError(f"a NUL byte cannot be passed to the guest: {wrong!r}")
+
+
+def check_input(data: Buffer | None) -> memoryview:
+    """Its bytes; SpecError if it has none."""
+    try:
+        return memoryview(data or b"").cast("B")
+    except TypeError:
+        raise SpecError(f"input must be bytes, not {_kind(data)}", cure="encode it") from None
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
 
 
 def _read_hello(payload: bytearray) -> Hello:

@@ -254,7 +254,7 @@ class GuestProcess(Stream):
         return status
 
     def communicate(
-        self, data: bytes = b"", timeout: float | None = None
+        self, data: Buffer = b"", timeout: float | None = None
     ) -> tuple[bytes, bytes, ExitStatus]:
         """Feeds standard input, collects both outputs, waits."""
         collected = {"stdout": bytearray(), "stderr": bytearray()}
@@ -266,7 +266,7 @@ class GuestProcess(Stream):
         status = self.wait(timeout)
         return bytes(collected["stdout"]), bytes(collected["stderr"]), status
 
-    def _feed(self, data: bytes) -> None:
+    def _feed(self, data: Buffer) -> None:
         with contextlib.suppress(HostelError):  # wait() reports it
             self.write(data)
             self.close_stdin()
