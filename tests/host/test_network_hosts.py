@@ -222,6 +222,24 @@ def test_more_than_a_keeper_is_told(host: Namespace, tmp_path: Path) -> None:
     assert "hostel" not in host.run("ip -o link")
 
 
+# -- bridges of the host's ---------------------------------------------------------------------
+
+
+def test_a_bridge_keeps_its_mac(host: Namespace, tmp_path: Path) -> None:
+    """It has its lowest port's if none was set, and the host's neighbours know it by that."""
+    port = "fa:00:00:00:00:01"
+    host.run(
+        f"ip link add near address {port} type veth peer name far",
+        "ip link add br7 type bridge",
+        "ip link set near master br7",
+        "ip link set br7 up",
+    )
+    assert port in host.run("ip -o link show br7")
+    for _ in range(3):
+        with machine(tmp_path, Nic(mode="bridge", target="br7")):
+            assert port in host.run("ip -o link show br7")
+
+
 # -- killed where it hurts ----------------------------------------------------------------------
 
 KILLED = """

@@ -73,6 +73,7 @@ class Bridge(_Links):
             kernel.ip(
                 [
                     f"tuntap add dev {tap} mode tap vnet_hdr {several}",
+                    f"link set {tap} address {_high_mac()}",
                     f"link set {tap} arp off addrgenmode none",  # before an MTU below 1280: no IPv6
                     f"link set {tap} mtu {mtu} master {self._target}",
                     f"link set {tap} up",
@@ -83,6 +84,12 @@ class Bridge(_Links):
             self.detach(number)
             raise
         return number, {"target": tap, "mtu": mtu, "delay": kernel.forward_delay(self._target)}
+
+
+def _high_mac() -> str:
+    """A bridge whose MAC nobody has set has the lowest of its ports' (IEEE 802.1D §14.2.5): not ours, or the
+    host would be somebody else on its network whenever a machine comes or goes."""
+    return "fe:" + os.urandom(5).hex(":")
 
 
 class Macvtap(_Links):
