@@ -177,6 +177,25 @@ def test_a_port_at_one_address(outside: Namespace, host: Namespace, join: Join) 
         assert reached(outside, [(HOST, 8080, "tcp")]) == []
 
 
+def test_ports_on_an_isolated_network(outside: Namespace, host: Namespace, join: Join) -> None:
+    """Callers seem to be the bridge: a machine there knows no way to anybody else."""
+    ports = [Publish(host=8080, guest=80), Publish(host=8080, guest=80, protocol="udp")]
+    guest = join("", Nic(mode="isolated"), *ports)
+    other = join("", Nic(mode="isolated"))
+    with Echo(guest, 80), Echo(outside, 7):
+        for kind in ("tcp", "udp"):
+            for caller, address in (
+                (outside, HOST),
+                (host, HOST),
+                (host, "127.0.0.1"),
+                (other, gateway(guest)),
+                (guest, gateway(guest)),
+            ):
+                assert ask(caller, address, 8080, kind) == gateway(guest)
+        guest.run(f"ip route add default via {gateway(guest)}")
+        assert reached(guest, [(OUTSIDE, 7, "tcp"), (OUTSIDE, 7, "udp"), (HOST, 7, "tcp")]) == []
+
+
 def test_a_taken_port_is_an_error(host: Namespace, join: Join, tmp_path: Path) -> None:
     join("", Nic(), Publish(host=8080, guest=80))
     with Echo(host, 9090, "127.0.0.1"):

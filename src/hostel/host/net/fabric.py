@@ -54,7 +54,6 @@ class Network:
     def make(self, loop: EventLoop) -> None:
         """Everything but guests. Names are answered on ``loop``."""
         bridge = self._bridge
-        uplinks = forwarding.uplinks(self._routes) if self._world else []
         self._mtu = _mtu(self._routes)
         self.state.note("link", bridge)
         mac = ":".join(["02", *(f"{byte:02x}" for byte in os.urandom(5))])
@@ -79,13 +78,20 @@ class Network:
             world=self._world,
             dns_port=self._resolver.port,
         )
-        self._let_through(uplinks)
+        if self._world:
+            self._open_uplinks()
+        self._let_through()
         Watch(loop, self)
 
-    def _let_through(self, uplinks: list[str]) -> None:
+    def _open_uplinks(self) -> None:
+        """Packets that arrive there are forwarded: answers, and what is for published ports."""
+        uplinks = forwarding.uplinks(self._routes)
         if uplinks and kernel.sysctl("ipv4/ip_forward") != "1":
-            self.state.note("forwarding", self._folder)
+            if not self.state.has("forwarding", self._folder):
+                self.state.note("forwarding", self._folder)
             self._view.opened = forwarding.join(self._folder, uplinks)
+
+    def _let_through(self) -> None:
         self.reopen()
         for family in ("inet", "bridge"):
             self.state.note("table", f"{family}:{self._bridge}")
@@ -151,6 +157,8 @@ class Network:
         for address, host, port, protocol in wanted:
             self._reserved[guest.number].append(reserve(address, host, protocol))
             guest.ports.append(Port(address, host, port, protocol))
+            if not (self._world or self._view.opened or address.startswith("127.")):
+                self._open_uplinks()
 
     def _plug(self, guest: Guest, queues: int, mtu: int) -> None:
         tap, several = guest.tap, "multi_queue" if queues > 1 else ""

@@ -192,7 +192,9 @@ def _translation(view: View) -> Iterator[str]:
     )
     yield from chain("inward_local", "type nat hook output priority -100;", _published(view))
     world = [f"ip saddr {view.subnet} oifname != {bridge} masquerade"] if view.world else []
-    inside = f"oifname {bridge} ct status dnat ip saddr {{ 127.0.0.0/8, {view.subnet} }}"
+    inside = f"oifname {bridge} ct status dnat"
+    if view.world:  # else a guest has no way to who is elsewhere, but to the bridge
+        inside += f" ip saddr {{ 127.0.0.0/8, {view.subnet} }}"
     yield from chain(
         "outward", "type nat hook postrouting priority srcnat;", (*world, f"{inside} masquerade")
     )
