@@ -260,6 +260,7 @@ def test_what_a_guests_kernel_waits_for() -> None:
     later += ["gettext", "inspect", "locale", "platform", "textwrap", "urllib.parse"]
     later += ["typing_extensions", "msgspec.inspect"]
     later += ["hostel.devices", "hostel.guest", "hostel.qemu", "hostel.virtio", "hostel.soft"]
+    later += ["hostel.abi.kvm_later"]
     first = [
         "cli.entry",
         "cli.boot",

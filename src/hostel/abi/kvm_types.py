@@ -1,4 +1,4 @@
-"""How a C structure is written here: as annotations of a class marked ``layout``.
+"""How a C structure is written here, as annotations of a class marked ``layout``; and a request number.
 
 ``Annotated[int, c_uint32]`` is an ``int`` to the type checker and a ``c_uint32`` in memory; a field
 of another structure is annotated with its class.
@@ -27,3 +27,27 @@ def layout(cls: type[_T]) -> type[_T]:
         (name, getattr(kind, "__metadata__", (kind,))[0]) for name, kind in annotations.items()
     ]
     return cls
+
+
+_Layout = type[ctypes.Structure] | type[c_uint64] | None
+
+
+def _request(direction: int, number: int, layout: _Layout) -> int:
+    """<asm-generic/ioctl.h>; 0xAE is KVM's letter."""
+    return direction << 30 | (ctypes.sizeof(layout) if layout else 0) << 16 | 0xAE << 8 | number
+
+
+def io(number: int) -> int:
+    return _request(0, number, None)
+
+
+def iow(number: int, layout: _Layout) -> int:
+    return _request(1, number, layout)
+
+
+def ior(number: int, layout: _Layout) -> int:
+    return _request(2, number, layout)
+
+
+def iowr(number: int, layout: _Layout) -> int:
+    return _request(3, number, layout)

@@ -5,7 +5,7 @@
 from ctypes import Array, Structure, Union, c_char, c_uint8, c_uint32, c_uint64
 from typing import Annotated
 
-from .kvm_types import layout, s16, s32, s64, u8, u16, u32, u64
+from .kvm_types import layout, s16, s64, u8, u16, u32, u64
 
 # --- System ------------------------------------------------------------------------------------
 
@@ -13,24 +13,6 @@ from .kvm_types import layout, s16, s32, s64, u8, u16, u32, u64
 @layout
 class MsrList(Structure):
     nmsrs: u32
-
-
-@layout
-class CpuidEntry2(Structure):
-    function: u32
-    index: u32
-    flags: u32
-    eax: u32
-    ebx: u32
-    ecx: u32
-    edx: u32
-    padding: Annotated[Array[c_uint32], c_uint32 * 3]
-
-
-@layout
-class Cpuid2(Structure):
-    nent: u32
-    padding: u32
 
 
 @layout
@@ -42,15 +24,6 @@ class EnableCap(Structure):
 
 
 # --- Memory ------------------------------------------------------------------------------------
-
-
-@layout
-class UserspaceMemoryRegion(Structure):
-    slot: u32
-    flags: u32
-    guest_phys_addr: u64
-    memory_size: u64
-    userspace_addr: u64
 
 
 @layout
@@ -69,12 +42,6 @@ class ClearDirtyLog(Structure):
 
 
 # --- Interrupts --------------------------------------------------------------------------------
-
-
-@layout
-class IrqLevel(Structure):
-    irq: u32
-    level: u32
 
 
 @layout
@@ -119,12 +86,6 @@ class Irqchip(Structure):
     chip_id: u32
     pad: u32
     chip: _IrqchipState
-
-
-@layout
-class PitConfig(Structure):
-    flags: u32
-    pad: Annotated[Array[c_uint32], c_uint32 * 15]
 
 
 @layout
@@ -179,31 +140,6 @@ class IrqRoutingEntry(Structure):
     flags: u32
     pad: u32
     u: _IrqRoutingTarget
-
-
-@layout
-class IrqRouting(Structure):
-    nr: u32
-    flags: u32
-
-
-@layout
-class Irqfd(Structure):
-    fd: u32
-    gsi: u32
-    flags: u32
-    resamplefd: u32
-    pad: Annotated[Array[c_uint8], c_uint8 * 16]
-
-
-@layout
-class Ioeventfd(Structure):
-    datamatch: u64
-    addr: u64
-    len: u32
-    fd: s32
-    flags: u32
-    pad: Annotated[Array[c_uint8], c_uint8 * 36]
 
 
 @layout
