@@ -8,8 +8,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -36,8 +34,10 @@ from guests.dhcp import (
     TYPE,
     DhcpServer,
     Request,
+    dnsmasq,
     ip,
     message,
+    no_dnsmasq,
     option,
     reply,
 )
@@ -265,29 +265,15 @@ def test_another_address_than_was_agreed_on(wire: Wire) -> None:
     assert wire.addresses() == []
 
 
-@pytest.mark.skipif(not shutil.which("dnsmasq"), reason="dnsmasq is not installed")
+@pytest.mark.skipif(bool(no_dnsmasq), reason=no_dnsmasq)
 def test_dnsmasq(wire: Wire, tmp_path: Path) -> None:
     options = (
-        *(
-            "--no-daemon",
-            "--conf-file=/dev/null",
-            "--port=0",
-            "--interface=w1",
-            "--bind-interfaces",
-        ),
-        *("--dhcp-range=10.9.8.100,10.9.8.200,255.255.255.0,300", "--user=root"),
+        "--dhcp-range=10.9.8.100,10.9.8.200,255.255.255.0,300",
         *("--dhcp-option=option:dns-server,10.9.8.53", "--domain=lab.example"),
-        *("--dhcp-option-force=option:mtu,1300", f"--dhcp-leasefile={tmp_path}/leases"),
+        "--dhcp-option-force=option:mtu,1300",
     )
-    with wire.other.inside():
-        daemon = subprocess.Popen(
-            ["dnsmasq", *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-    try:
-        said = wire.ask(20)  # it looks first whether an address is in use, by ping
-    finally:
-        daemon.terminate()
-        daemon.wait()
+    with dnsmasq(wire.other, "w1", tmp_path, *options):
+        said = wire.ask(20)
     (address,) = wire.addresses()
     assert said == f"{MAC} {address['local']}/24\n"
     assert address["local"].startswith("10.9.8.1")

@@ -4,13 +4,19 @@
 
     with DhcpServer(namespace, "w1", answer) as server:     # answer(Request) gives messages to send
         server.requests                                     # what has come, in order
+    with dnsmasq(namespace, "w1", folder, …):               # a real one
+        (folder / "leases").read_text()
 """
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import socket
 import struct
-from collections.abc import Callable, Sequence
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from guests.namespaces import Background, Namespace
@@ -77,6 +83,26 @@ def reply(request: Request, server: str, address: str, *options: bytes, kind: in
     kind = kind or (OFFER if request.kind == DISCOVER else ACK)
     head = option(TYPE, bytes([kind])) + option(SERVER, ip(server))
     return message(request, address, head + b"".join(options))
+
+
+no_dnsmasq = "" if shutil.which("dnsmasq") else "dnsmasq is not installed"
+
+
+@contextlib.contextmanager
+def dnsmasq(where: Namespace, interface: str, folder: Path, *options: str) -> Iterator[None]:
+    """Its leases are in ``folder``. Before it offers an address it looks whether that is in use, by ping."""
+    command = [
+        *("dnsmasq", "--no-daemon", "--conf-file=/dev/null", "--port=0", "--user=root"),
+        *(f"--interface={interface}", "--bind-interfaces", f"--dhcp-leasefile={folder}/leases"),
+        *(f"--pid-file={folder}/pid", *options),
+    ]
+    with where.inside():
+        daemon = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        daemon.terminate()
+        daemon.wait()
 
 
 class DhcpServer(Background):

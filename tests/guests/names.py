@@ -18,9 +18,11 @@ def gateway(guest: Guest) -> str:
     return guest.address.rpartition(".")[0] + ".1"
 
 
-def look_up(guest: Guest, name: str, *, tcp: bool = False, server: str = "") -> list[str]:
+def look_up(
+    guest: Guest, name: str, *, tcp: bool = False, server: str = "", patience: float = 5
+) -> list[str]:
     """The IPv4 addresses of a name, as the guest's resolver gets them."""
-    answer = exchange(guest, message(name), tcp=tcp, server=server)
+    answer = exchange(guest, message(name), tcp=tcp, server=server, patience=patience)
     count = struct.unpack_from(">H", answer, 6)[0]
     records = answer[len(message(name)) :]
     return [socket.inet_ntoa(records[16 * n + 12 : 16 * n + 16]) for n in range(count)]
@@ -32,10 +34,12 @@ def message(name: str, kind: int = 1, ident: int = 0x1234) -> bytes:
     return struct.pack(">6H", ident, 0x0100, 1, 0, 0, 0) + labels + struct.pack(">BHH", 0, kind, 1)
 
 
-def exchange(guest: Guest, query: bytes, *, tcp: bool = False, server: str = "") -> bytes:
+def exchange(
+    guest: Guest, query: bytes, *, tcp: bool = False, server: str = "", patience: float = 5
+) -> bytes:
     """The answer to one query; of our own networks' resolver if no other is named."""
     with guest.socket(socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM) as sock:
-        sock.settimeout(5)
+        sock.settimeout(patience)
         sock.connect((server or gateway(guest), 53))
         sock.send(struct.pack(">H", len(query)) + query if tcp else query)
         answer = sock.recv(4096)

@@ -129,8 +129,11 @@ def test_the_host_takes_none_of_them(host: Namespace, tmp_path: Path, nic: Nic) 
         assert intrusions(host, attachment) == []
 
 
-def test_on_a_bridge_of_the_hosts(host: Namespace, tmp_path: Path) -> None:
-    """There the guest is a neighbour of the host's, by the bridge and not past it."""
+@pytest.mark.parametrize("everywhere", [0, 1, 2])
+def test_on_a_bridge_of_the_hosts(host: Namespace, tmp_path: Path, everywhere: int) -> None:
+    """There the guest is a neighbour of the host's, by the bridge and not past it. What the host says of
+    all its interfaces (rp_filter: Ubuntu 2, others 0 or 1) changes nothing."""
+    Path("/proc/sys/net/ipv4/conf/all/rp_filter").write_text(str(everywhere))
     with ours(Nic(mode="bridge", target="br7"), tmp_path) as attachment:
         assert intrusions(host, attachment, GROUPS[1:]) == []
 

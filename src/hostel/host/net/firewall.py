@@ -1,36 +1,82 @@
-"""The host's own firewall, where it would keep our packets: a way through for our bridge.
+"""The host's own firewall, where it would keep our packets: a way through, or a line that says so.
 
-Docker and ufw drop what is forwarded (table ``ip filter``, chain ``FORWARD``, policy drop; also made by
-iptables-nft). No accept of our own table helps against that: their chain asks too. So two rules, with
-our name as comment, go in front: into ``DOCKER-USER``, which is there for this, or ``FORWARD`` itself;
-and one for names into ``INPUT`` if that drops. Any other firewall is the administrator's: we say so.
+Docker, ufw and others drop what is forwarded (table ``ip filter``, chain ``FORWARD``, by its policy or its
+last rule; made by iptables-nft). No accept of our own table helps against that: their chain asks too. So two
+rules, with our name as comment, go in front: into ``DOCKER-USER``, which is there for this, or ``FORWARD``
+itself; and one for names into ``INPUT`` if that drops. Any other firewall is the administrator's: we say what
+it costs.
+
+Only what keeps IPv4 counts: our networks have no IPv6. The tables of the older iptables are not nftables';
+its own program shows them.
 """
 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
+
+from hostel.errors import MissingTool
 
 from . import kernel
 
-_CHAIN = re.compile(
-    r"^\tchain (\S+) \{(?:\n\t\ttype filter hook (\w+) [^;]*; policy (\w+);)?", re.M
+_CHAIN = re.compile(r"^\tchain (\S+) \{(?:\n\t\ttype (\w+) hook (\w+) [^;]*; policy (\w+);)?", re.M)
+_REFUSAL = re.compile(
+    r'(counter( packets \d+ bytes \d+)? )?(drop|reject( with [^"]*)?)( comment ".*")?'
 )
+"""A rule that says no to every packet. One that is narrower begins with what it matches."""
+OPENED = {"forward": "FORWARD", "input": "INPUT"}
+"""The chains of ``ip filter`` that iptables makes: there we may open a way."""
+LEGACY_TABLES = "/proc/thread-self/net/ip_tables_names"
+_COSTS = {
+    "forward": "guests reach nothing but their host; let the interface {} through",
+    "input": 'guests find no names before its rule iifname "{}" ct status dnat accept',
+}
+
+
+class Table(NamedTuple):
+    """One that may keep packets of ours."""
+
+    family: str
+    name: str
+    chains: list[str]
+    closed: dict[str, str]
+    """By hook, the chain that says no to what nothing else lets through."""
+
+    @property
+    def is_iptables(self) -> bool:
+        return (self.family, self.name) == ("ip", "filter")
 
 
 def look(bridge: str) -> tuple[str, list[str]]:
     """Rules to let the bridge's packets through; and what is in the way and not ours, as notes."""
-    ways, notes = "", []
-    for family, table, chains in _tables():
-        hooks = {hook for hook, policy in chains.values() if policy == "drop"}
-        dropping = hooks & {"forward", "input"}
-        if (family, table) == ("ip", "filter"):
-            ways += "".join(_openings(bridge, chains))
-        elif table == "firewalld":
+    ways, notes = "", _legacy(bridge)
+    for table in _tables():
+        for hook, chain in table.closed.items():
+            if table.is_iptables and chain == OPENED[hook]:
+                ways += "".join(_openings(bridge, hook, table.chains))
+            else:
+                cost = _COSTS[hook].format(bridge)
+                notes.append(
+                    f"the firewall table {table.family} {table.name} drops {_what(hook)}: {cost}"
+                )
+        if table.name == "firewalld":
             cure = f"firewall-cmd --zone=trusted --add-interface={bridge}"
             notes.append(f"firewalld may keep the guests from the network: {cure}")
-        elif family in ("ip", "inet"):
-            notes += (_note(bridge, f"{family} {table}", hook) for hook in sorted(dropping))
     return ways, notes
+
+
+def across(bridge: str) -> list[str]:
+    """The same for a bridge of the host's, whose frames may be made to pass its IP rules; all is as notes."""
+    if kernel.sysctl("bridge/bridge-nf-call-iptables") != "1":
+        return []
+    closed = [f"{table.family} {table.name}" for table in _tables() if "forward" in table.closed]
+    closed += ["filter of iptables-legacy"] if "forward" in _legacy_closed() else []
+    return [
+        f"frames on {bridge} pass the host's firewall, whose table {table} drops what it forwards: the"
+        f" guest may reach nothing; let {bridge} through, or"
+        " `sysctl -w net.bridge.bridge-nf-call-iptables=0`"
+        for table in closed
+    ]
 
 
 def is_open(bridge: str, ways: str) -> bool:
@@ -42,51 +88,92 @@ def is_open(bridge: str, ways: str) -> bool:
 def close(bridge: str) -> None:
     """Take our rules out of the host's chains again."""
     mark = _mark(bridge)
-    for family, table, chains in _tables():
-        if (family, table) != ("ip", "filter"):
-            continue
-        for chain in chains:
-            text = kernel.run([kernel.find("nft"), "-a", "list", "chain", family, table, chain])
-            ours = [line for line in text.splitlines() if mark in line]
+    for table in _tables():
+        for chain in table.chains if table.is_iptables else ():
+            ours = [line for line in _rules("ip", "filter", chain) if mark in line]
             handles = [line.rpartition("# handle ")[2] for line in ours]
             kernel.nft("".join(f"delete rule ip filter {chain} handle {h}\n" for h in handles))
 
 
-def _tables() -> list[tuple[str, str, dict[str, tuple[str, str]]]]:
-    """Family, name, and each chain's hook and policy (empty for one without)."""
-    text = kernel.run([kernel.find("nft"), "list", "chains"])
-    found = []
-    for part in text.split("table ")[1:]:
-        family, table = part.split()[:2]
-        found.append(
-            (family, table, {m[1]: (m[2] or "", m[3] or "") for m in _CHAIN.finditer(part)})
-        )
-    return found
+def _what(hook: str) -> str:
+    return "what it forwards" if hook == "forward" else "what comes to the host"
 
 
 def _mark(bridge: str) -> str:
     return f'comment "hostel {bridge}"'
 
 
-def _openings(bridge: str, chains: dict[str, tuple[str, str]]) -> list[str]:
+def _openings(bridge: str, hook: str, chains: list[str]) -> list[str]:
     rule = f"accept {_mark(bridge)}\n"
-    lines = []
-    if chains.get("FORWARD", ("", ""))[1] == "drop":
-        chain = "DOCKER-USER" if "DOCKER-USER" in chains else "FORWARD"
-        for side in ("iifname", "oifname"):
-            lines.append(f'insert rule ip filter {chain} {side} "{bridge}" counter {rule}')
-    if chains.get("INPUT", ("", ""))[1] == "drop":
-        lines.append(
-            f'insert rule ip filter INPUT iifname "{bridge}" ct status dnat counter {rule}'
-        )
-    return lines
+    if hook == "input":
+        return [f'insert rule ip filter INPUT iifname "{bridge}" ct status dnat counter {rule}']
+    chain = "DOCKER-USER" if "DOCKER-USER" in chains else "FORWARD"
+    return [
+        f'insert rule ip filter {chain} {side} "{bridge}" counter {rule}'
+        for side in ("iifname", "oifname")
+    ]
 
 
-def _note(bridge: str, table: str, hook: str) -> str:
-    """Of chains whose policy is to drop, as far as there are any; what rules drop is not seen."""
-    if hook == "forward":
-        return (
-            f"the firewall table {table} drops what it forwards: let the interface {bridge} through"
-        )
-    rule = f'iifname "{bridge}" ct status dnat accept'
-    return f"the firewall table {table} drops what comes in: no names for machines before its rule {rule}"
+# -- what there is ------------------------------------------------------------------------------------
+
+
+def _tables() -> list[Table]:
+    """Those of the host that see IPv4. Chains that let pass in the end are looked at, rule by rule."""
+    text = kernel.run([kernel.find("nft"), "list", "chains"])
+    found = []
+    for part in text.split("table ")[1:]:
+        family, name = part.split()[:2]
+        if family not in ("ip", "inet") or name.startswith("hostel"):
+            continue
+        table = Table(family, name, [], {})
+        for match in _CHAIN.finditer(part):
+            chain, kind, hook, policy = match.groups()
+            table.chains.append(chain)
+            if kind == "filter" and hook in OPENED and _is_closed(table, chain, policy):
+                table.closed[hook] = chain
+        found.append(table)
+    return found
+
+
+def _is_closed(table: Table, chain: str, policy: str) -> bool:
+    if table.name == "firewalld":
+        return False
+    if policy == "drop":
+        return True
+    last = _rules(table.family, table.name, chain)[-1:]
+    return any(_REFUSAL.fullmatch(line.rpartition(" # handle ")[0]) for line in last)
+
+
+def _rules(family: str, table: str, chain: str) -> list[str]:
+    """The rules of a chain, each with its handle."""
+    text = kernel.run([kernel.find("nft"), "-a", "list", "chain", family, table, chain])
+    lines = [line.strip() for line in text.splitlines() if line.startswith("\t\t")]
+    return [line for line in lines if not line.startswith("type ")]
+
+
+def _legacy(bridge: str) -> list[str]:
+    closed = _legacy_closed()
+    return [
+        f"iptables (legacy) drops {_what(hook)}: {_COSTS[hook].format(bridge)}"
+        for hook in OPENED
+        if hook in closed
+    ]
+
+
+def _legacy_closed() -> list[str]:
+    """The hooks at which the older iptables says no in the end."""
+    try:
+        with open(LEGACY_TABLES) as file:
+            if "filter" not in file.read().split():
+                return []
+        text = kernel.run([kernel.find("iptables-legacy"), "-S"])
+    except (OSError, MissingTool):  # no such tables; or whoever made them is not of this host
+        return []
+    last = {line.split()[1]: line for line in text.splitlines()}
+    refusal = re.compile(r"-P \w+ DROP|-A \w+ -j (DROP|REJECT).*")
+    rules = text.splitlines()
+    return [
+        hook
+        for hook, chain in OPENED.items()
+        if f"-P {chain} DROP" in rules or refusal.fullmatch(last.get(chain, ""))
+    ]

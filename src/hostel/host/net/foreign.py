@@ -12,7 +12,7 @@ from typing import Any
 from hostel.errors import HostError
 from hostel.vmm.loop import EventLoop
 
-from . import kernel, rates
+from . import firewall, kernel, rates
 from .state import State
 from .watch import Watch
 
@@ -83,7 +83,9 @@ class Bridge(_Links):
         except HostError:
             self.detach(number)
             raise
-        return number, {"target": tap, "mtu": mtu, "delay": kernel.forward_delay(self._target)}
+        delay = kernel.forward_delay(self._target)
+        notes = firewall.across(self._target)
+        return number, {"target": tap, "mtu": mtu, "delay": delay, "notes": notes}
 
 
 def _high_mac() -> str:
