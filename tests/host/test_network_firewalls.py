@@ -21,6 +21,7 @@ import pytest
 from guests.names import look_up
 from guests.namespaces import HOST, OUTSIDE, Echo, Guest, Namespace, ask, missing, world
 from hostel.host import runtime
+from hostel.host.net import firewall, kernel
 from hostel.host.network import attach
 from hostel.spec import Nic, Publish
 
@@ -61,6 +62,11 @@ ALL = ["names", "out by tcp", "in by tcp", "out by udp", "in by udp", "own port"
 def places() -> Iterator[tuple[Namespace, Namespace]]:
     with world() as both:
         yield both
+
+
+@pytest.fixture
+def host(places: tuple[Namespace, Namespace]) -> Namespace:
+    return places[0]
 
 
 @pytest.fixture
@@ -200,3 +206,16 @@ def test_frames_of_a_bridge_of_the_hosts(
         assert [line.partition(", whose")[0] for line in networks.notes] == (
             ["frames on br7 pass the host's firewall"] if told else []
         )
+
+
+def test_a_bridge_of_the_hosts_needs_no_nft(
+    host: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path("/proc/sys/net/bridge/bridge-nf-call-iptables")
+    if not path.exists():
+        pytest.skip("this kernel has no br_netfilter")
+    path.write_text("1")
+    host.run("ip link add br7 type bridge forward_delay 0", "ip link set br7 up")
+    monkeypatch.setattr(kernel, "PLACES", ())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert firewall.across("br7") == []
