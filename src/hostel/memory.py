@@ -28,6 +28,7 @@ import fcntl
 import os
 import weakref
 from collections.abc import Iterable, Sequence
+from operator import add
 from struct import Struct
 from types import TracebackType
 from typing import Protocol
@@ -125,12 +126,11 @@ class GuestMemory:
         return self._bytes[start : start + size]
 
     def views(self, gpas: Sequence[int], sizes: Sequence[int]) -> list[memoryview]:
-        """A view of each, of numbers that are not negative."""
-        whole, low, view = self._bytes, self._low_size, self.view
-        return [
-            whole[at : at + size] if at + size <= low else view(at, size)
-            for at, size in zip(gpas, sizes, strict=True)
-        ]
+        """Of each, and there is one; the numbers are not negative. No bytecode for each: NICs ask often."""
+        ends = list(map(add, gpas, sizes))
+        if max(ends) <= self._low_size:
+            return list(map(self._bytes.__getitem__, map(slice, gpas, ends)))
+        return list(map(self.view, gpas, sizes))
 
     def read(self, gpa: int, size: int) -> bytes:
         start = self._offset(gpa, size)

@@ -12,8 +12,8 @@ room for the largest frame: where the driver's buffers end ``overflow`` begins. 
 buffers to each read would cost more than to receive a small frame; never to do so, a copy of each large one.
 
 Rules: at most ``BATCH`` frames in one go, then others have their turn. Used chains are shown to the driver
-together, and it is interrupted once. Where there is no room, in the ring or in the port, nothing is taken
-from the other side: so its sender waits, or drops.
+together, those of long frames to send at once; it is interrupted once. Where there is no room, in the ring or
+in the port, nothing is taken from the other side: so its sender waits, or drops.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ WIDE_FOR = 16
 """Small frames in a row until a large one is no longer expected."""
 COUNT_AT = HEADER - 2
 """``num_buffers`` is the last field of the header."""
+LONG = 32 << 10
+"""Bytes whose sending takes longer than to show the driver that they went."""
 
+_NOTHING_WRITTEN = array("I", bytes(4 * BATCH))
 _pack_count = struct.Struct("<H").pack_into
 
 
@@ -80,6 +83,8 @@ class Receiver:
         self.queue = queue
         self.starved = False
         """The driver offers no room; its next kick does."""
+        self.found = False
+        """Whether the last run read any frame."""
         self.frames = self.bytes = self.dropped = self.filtered = self.copied = 0
         self._port, self._gate = port, gate
         self._size, self._merged = size, merged
@@ -90,22 +95,25 @@ class Receiver:
         """A frame that has been read and for which there was no room."""
         self._turns, self._began, self._ended = 1, 0.0, 0.0
 
-    def run(self) -> float:
-        """Receive what there is; the seconds to pause after it.
+    def run(self, expected: int = 1) -> float:
+        """Receive what there is; the seconds to pause after it. ``expected``: frames that are likely there.
 
         The path of every frame: what most of them need is done here and not in calls.
         """
         gate, room, receive = self._gate, self._room, self._port.receive
         self.starved, pause, turns = False, 0.0, 0
-        limit = self._turns_now()
+        limit = self._turns_now(expected)
         while turns < limit:
             if self._held and not self._release_held():
                 break
             wanted = MAX_FRAME if self._wide else 1
             if room.end - room.begin < wanted and not self._more(room.begin == room.end):
                 break
-            views = room.views(max(wanted, room.first))
-            views.append(self._overflow)
+            first, view = room.first, room.next_view()
+            if self._wide or len(view) < first:
+                views = [*room.views(max(wanted, first)), self._overflow]
+            else:
+                views = [view, self._overflow]
             try:
                 length = receive(views)
             except BlockingIOError:
@@ -113,11 +121,13 @@ class Receiver:
             turns += 1
             if not gate.open and views[0][HEADER:PEEK] != gate.passed and not self._accepts(views):
                 self.filtered += 1
-            elif length <= room.first:
-                put_count(views, room.take(length))
+            elif length <= first:
+                room.take_one(length)
+                put_count(views, 1)
                 self.bytes += length - HEADER
                 self.frames += 1
-                self._wide -= self._wide > 0
+                if self._wide:
+                    self._wide -= 1
             elif not self._deliver_large(views, length):
                 break
             if gate.limited and (pause := gate.limiter.take(length - HEADER)):
@@ -125,20 +135,20 @@ class Receiver:
         self._end(turns, full=turns == limit)
         return pause
 
-    def _turns_now(self) -> int:
+    def _turns_now(self, expected: int) -> int:
         """How many frames to ask for. Asking once too often costs as much as a frame: so one frame at first,
         and more while they come so fast that waiting for them took less time than the last ones did."""
         now, served = time.monotonic(), self._ended - self._began
         soon = now - self._ended < served
         self._began = now
-        return min(2 * self._turns, BATCH) if soon else 1
+        return min(max(2 * self._turns, expected), BATCH) if soon else expected
 
     def _end(self, turns: int, *, full: bool) -> None:
         self._room.publish()
         self.queue.interrupt()
         if full and self._port.buffered:
             self.queue.kick_self()
-        self._turns = turns or 1
+        self.found, self._turns = turns > 0, turns or 1
         self._ended = time.monotonic()
 
     def stop(self) -> None:
@@ -222,51 +232,54 @@ class Transmitter:
         self.queue = queue
         self.blocked = False
         """The port has no room, for a frame of the driver's or for what it still holds of the last one."""
+        self.pause = 0.0
+        """Seconds until the NIC's rate allows more."""
         self.frames = self.bytes = self.dropped = 0
         self._port, self._gate = port, gate
 
-    def run(self) -> float:
-        """Send what there is; the seconds to pause after it."""
-        queue = self.queue
-        queue.disable_notifications()
-        chains = queue.pop_batch(BATCH)
-        done: list[int] = []
-        self.blocked, pause = False, 0.0
-        for chain in chains:
-            if not self._send(chain):
+    def run(self, limit: int) -> int:
+        """Send what there is, at most ``limit`` frames; how many went. The driver sees it; to interrupt it is
+        up to who calls this."""
+        queue, sent = self.queue, 0
+        self.blocked, self.pause = False, 0.0
+        while sent < limit and (chains := queue.pop_batch(limit - sent)):
+            went = self._send(chains)
+            sent += went
+            if went < len(chains) or self.pause:
+                queue.unpop(len(chains) - went)
                 break
-            done.append(chain.head)
-            if self._gate.limited and (pause := self._gate.limiter.take(chain.size - HEADER)):
-                break
-        queue.unpop(len(chains) - len(done))
-        if done:
-            queue.push_used(array("I", done), array("I", bytes(4 * len(done))))
-            queue.interrupt()
         self.blocked = self.blocked or self._port.unsent
-        if (
-            not self.blocked
-            and not pause
-            and (len(chains) == BATCH or queue.enable_notifications())
-        ):
-            queue.kick_self()
-        return pause
+        return sent
 
-    def _send(self, chain: Chain) -> bool:
-        """``False`` if the port has no room. What the host refuses is dropped, as a wire would."""
-        if not HEADER < chain.size <= MAX_FRAME or not self._gate.link_up:
-            self.dropped += 1
-            return True
-        try:
-            self._port.send(chain.readable)
-        except BlockingIOError:
-            self.blocked = True
-            return False
-        except OSError:
-            self.dropped += 1
-            return True
-        self.frames += 1
-        self.bytes += chain.size - HEADER
-        return True
+    def _send(self, chains: Sequence[Chain]) -> int:
+        """How many went, or were dropped: what the host refuses is, as a wire would."""
+        gate, send = self._gate, self._port.send
+        heads, size, shown = array("I"), 0, 0
+        for chain in chains:
+            if HEADER < chain.size <= MAX_FRAME and gate.link_up:
+                try:
+                    send(chain.readable)
+                    self.frames += 1
+                    self.bytes += chain.size - HEADER
+                except BlockingIOError:
+                    self.blocked = True
+                    break
+                except OSError:
+                    self.dropped += 1
+            else:
+                self.dropped += 1
+            heads.append(chain.head)
+            size += chain.size
+            if size >= LONG:  # the driver goes on while the next one is copied
+                self.queue.push_used(heads, _NOTHING_WRITTEN[: len(heads)])
+                shown += len(heads)
+                heads, size = array("I"), 0
+            if gate.limited and (pause := gate.limiter.take(chain.size - HEADER)):
+                self.pause = pause
+                break
+        if heads:
+            self.queue.push_used(heads, _NOTHING_WRITTEN[: len(heads)])
+        return shown + len(heads)
 
     def statistics(self) -> dict[str, int]:
         counts = {"frames": self.frames, "bytes": self.bytes, "dropped": self.dropped}

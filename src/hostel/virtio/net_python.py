@@ -6,6 +6,12 @@
                  │                     └─ kick of tx0 ─► Transmitter ─► port writable again
                  └─ Pair 1: …
 
+    a turn    send ─► show what went ─► receive what was answered, interrupt ─► more to send? again
+                                                                            └─► interrupt for what went
+
+The last interrupt is held back when the driver has just been given frames: Linux's then looks at both of its
+queues, and moves ``used_event`` on. It goes before the next turn, ``HOLD`` later at most, if then wanted.
+
 Why a thread with an event loop for a pair: it is in the kernel most of its time, copying frames without the
 interpreter's lock, and other devices need not wait for it; see docs/net-plane.md for what else was tried.
 A pair's rings are touched by its thread alone, which has ended when ``stop`` returns.
@@ -13,6 +19,7 @@ A pair's rings are touched by its thread alone, which has ended when ``stop`` re
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import threading
@@ -30,9 +37,11 @@ from .limit import Limiter
 from .net_frames import Gate, Receiver, Transmitter
 from .net_plane import Filter, NetPlane, unheard
 from .net_port import NetPort
-from .plane import ServedQueue
+from .plane import BATCH, ServedQueue
 
 UNLIMITED = Limits()
+HOLD = 0.001
+"""Seconds that an interrupt is held back at most: as short as epoll can wait."""
 COST = "the guest is cut off from this network"
 
 
@@ -64,6 +73,10 @@ class Pair:
         self._stopping = False
         self._paused: dict[str, float] = {}
         self._watched = (False, False)
+        self._answered = True
+        """What was sent last was answered before we had turned to the port."""
+        self._held = False
+        """An interrupt for what was sent is due, if the driver still wants one."""
         self._epoll = select.epoll()
         self._handlers = {self._wake: self._woken, self.port.fd: self._ready}
         self._epoll.register(self._wake, select.EPOLLIN)
@@ -90,6 +103,7 @@ class Pair:
         self._thread.join()
         self._thread = None
         self._epoll.close()
+        self._release()
         if self.receiver is not None:
             self.receiver.stop()
         self.receiver = self.transmitter = None
@@ -120,7 +134,10 @@ class Pair:
         poll, handlers = self._epoll.poll, self._handlers
         try:
             while not self._stopping:
-                for fd, _ in poll(self._patience() if self._paused else None):
+                ready = poll(self._patience() if self._paused or self._held else None)
+                if self._held:
+                    self._release()
+                for fd, _ in ready:
                     handlers[fd]()
                 if self._paused:
                     self._resume()
@@ -147,11 +164,11 @@ class Pair:
         self._receive()
         self._watch()
 
-    def _receive(self) -> None:
+    def _receive(self, expected: int = 1) -> None:
         receiver = self.receiver
         if receiver is None or not self.attached or "receive" in self._paused:
             return
-        pause = receiver.run()
+        pause = receiver.run(expected)
         if pause:
             self._paused["receive"] = time.monotonic() + pause
         if pause or receiver.starved:
@@ -164,14 +181,40 @@ class Pair:
             self._transmit()
 
     def _transmit(self) -> None:
-        transmitter = self.transmitter
+        """Send till the driver offers no more, and take in what is answered meanwhile: where our own host is
+        the other end, an acknowledgement is there when ``writev`` returns."""
+        transmitter, left = self.transmitter, BATCH
         if transmitter is None or "transmit" in self._paused:
             return
-        pause = transmitter.run()
-        if pause:
-            self._paused["transmit"] = time.monotonic() + pause
+        queue = transmitter.queue
+        queue.disable_notifications()
+        while left > 0:
+            sent = transmitter.run(left)
+            left -= sent or 1  # or a driver that moves its index to and fro would keep us here
+            if sent and self._answered and self._watched[0]:
+                self._receive_answers(sent)
+            if transmitter.pause or transmitter.blocked or not queue.enable_notifications():
+                break
+        else:
+            queue.kick_self()
+        if not self._held:
+            queue.interrupt()
+        if transmitter.pause:
+            self._paused["transmit"] = time.monotonic() + transmitter.pause
         if transmitter.blocked:
             self._watch()
+
+    def _receive_answers(self, sent: int) -> None:
+        assert self.receiver is not None
+        self._receive(sent)
+        self._answered = self.receiver.found
+        self._held = self._held or self._answered
+
+    def _release(self) -> None:
+        """The driver has had its time: has it seen that its frames went?"""
+        if self._held and self.transmitter is not None:
+            self._held = False
+            self.transmitter.queue.interrupt()
 
     def _ready(self) -> None:
         """The port can be read or written, or has failed, which reading tells."""
@@ -179,6 +222,7 @@ class Pair:
         if write and self.port.flush():
             self._unblock()
         if read:
+            self._answered = True
             self._receive()
 
     def _unblock(self) -> None:
@@ -191,7 +235,10 @@ class Pair:
     # -- waiting ----------------------------------------------------------------------------------
 
     def _patience(self) -> float:
-        return max(min(self._paused.values()) - time.monotonic(), 0)
+        wait = HOLD if self._held else math.inf
+        if self._paused:
+            wait = min(wait, max(min(self._paused.values()) - time.monotonic(), 0))
+        return wait
 
     def _resume(self) -> None:
         """The NIC's rate allows more."""

@@ -73,6 +73,19 @@ class Room:
         views[0] = views[0][begin - ends[first] :]
         return views
 
+    def next_view(self) -> memoryview:
+        """Of the next chain at least. There is one."""
+        ends, begin = self._view_ends, self.begin
+        first = bisect_right(ends, begin)
+        return self._views[first][begin - ends[first] :]
+
+    def take_one(self, length: int) -> None:
+        """``take`` of what fits the next chain."""
+        used = self._used
+        self.begin = self._ends[used]
+        self._lengths[used] = length
+        self._used = used + 1
+
     def take(self, length: int) -> int:
         """Take what a frame of this length needs: how many chains; 0 if the room is too small."""
         first, ends = self._used, self._ends

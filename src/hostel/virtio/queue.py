@@ -49,14 +49,19 @@ _unpack_descriptor, _pack_used = abi.DESC.unpack_from, abi.USED_ELEM.pack_into
 _unpack_buffer = Struct("<QIH").unpack_from
 """A descriptor that is a chain by itself has no next one."""
 
-_Table = tuple[Callable[[memoryview], tuple[int, ...]], tuple[int, ...]]
-_tables: dict[int, _Table] = {}
+_Words = tuple[int, ...]
+_tables: dict[int, tuple[Callable[[memoryview], _Words], _Words, _Words]] = {}
 
 
-def _table(entries: int) -> _Table:
-    """How to take a table of so many descriptors apart, and what ``next`` is in each but the last."""
-    _tables[entries] = Struct("<" + "QIHH" * entries).unpack, tuple(range(1, entries))
-    return _tables[entries]
+def _table(length: int) -> tuple[Callable[[memoryview], _Words], _Words, _Words] | None:
+    """How to take a table of so many bytes apart, what ``next`` is in each entry but the last, and the flags
+    of one that is only read, such as a NIC sends. ``None``: no table is so long."""
+    entries = length >> 4
+    if length & 15 or not 0 < entries <= MAX_BUFFERS:
+        return None
+    unpack, chained = Struct("<" + "QIHH" * entries).unpack, (_CHAINED,) * (entries - 1)
+    _tables[length] = unpack, tuple(range(1, entries)), (*chained, 0)
+    return _tables[length]
 
 
 class Fault(StrEnum):
@@ -282,14 +287,14 @@ class Queue:
         """Several at once, each a head and how many bytes were written: the driver sees all of them or none.
         Both arrays of type I, as in the ring, where they take turns."""
         used, slot, count = self._used_entries, self.next_used & self._mask, len(heads)
-        end = min(slot + count, self.size)
-        fit = end - slot
-        used[2 * slot : 2 * end : 2], used[2 * slot + 1 : 2 * end : 2] = heads[:fit], lengths[:fit]
-        if fit < count:
-            used[: 2 * (count - fit) : 2], used[1 : 2 * (count - fit) : 2] = (
-                heads[fit:],
-                lengths[fit:],
-            )
+        if count == 1:  # the same as below in half the time
+            used[2 * slot], used[2 * slot + 1] = heads[0], lengths[0]
+        else:
+            end = 2 * min(slot + count, self.size)
+            fit, rest = end // 2 - slot, 2 * (slot + count) - end
+            used[2 * slot : end : 2], used[2 * slot + 1 : end : 2] = heads[:fit], lengths[:fit]
+            if rest:
+                used[:rest:2], used[1:rest:2] = heads[fit:], lengths[fit:]
         self.next_used += count
         self._used_words[1] = self.next_used & 0xFFFF
 
@@ -297,26 +302,21 @@ class Queue:
         """An indirect table as drivers write it, each entry followed by the one behind it: taken apart as
         a whole. ``None`` where it is not so, or anything is wrong: ``_walk`` reads anew, and says what.
         """
-        entries = length >> 4
-        if not self._indirect or length & 15 or not 0 < entries <= MAX_BUFFERS:
+        table = _tables.get(length) or _table(length)
+        if table is None or not self._indirect:
             return None
-        unpack, order = _tables[entries] if entries in _tables else _table(entries)
+        unpack, order, outward = table
         try:
             fields = unpack(self._view(address, length))
             lengths, flags = fields[1::4], fields[2::4]
-            readable, last = flags.count(_CHAINED), flags[-1]
-            writable = entries - 1 - readable
-            if last not in _ALONE or (writable and not last) or fields[3:-1:4] != order:
-                return None
-            if flags[:-1] != (_CHAINED,) * readable + (_CHAINED | _WRITE,) * writable:
+            if fields[3:-1:4] != order:
                 return None
             buffers, size = self._views(fields[::4], lengths), sum(lengths)
         except MemoryFault:
             return None
-        if size > MAX_BYTES or 0 in lengths:
+        readable = len(buffers) if flags == outward else _readable(flags)
+        if readable is None or size > MAX_BYTES or 0 in lengths:
             return None
-        if not last:
-            readable += 1
         return Chain(head, size, buffers[:readable], buffers[readable:])
 
     def _walk(
@@ -401,6 +401,16 @@ class Queue:
     def position(self) -> tuple[int, int]:
         """Where to go on, for ``position=``: the next available and the next used index."""
         return self.next_avail & 0xFFFF, self.next_used & 0xFFFF
+
+
+def _readable(flags: tuple[int, ...]) -> int | None:
+    """How many buffers of a table are readable, they come first; ``None`` if its flags say anything else."""
+    readable, last = flags.count(_CHAINED), flags[-1]
+    writable = len(flags) - 1 - readable
+    chained = (_CHAINED,) * readable + (_CHAINED | _WRITE,) * writable
+    if last not in _ALONE or (writable and not last) or flags[:-1] != chained:
+        return None
+    return readable + (not last)
 
 
 def _refusal(chain: Chain, entries: int) -> VirtqueueError:
