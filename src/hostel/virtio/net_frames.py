@@ -39,7 +39,7 @@ WIDE_FOR = 16
 COUNT_AT = HEADER - 2
 """``num_buffers`` is the last field of the header."""
 LONG = 32 << 10
-"""Bytes whose sending takes longer than to show the driver that they went."""
+"""A frame that takes longer to copy than it takes to show the driver that it went."""
 
 _NOTHING_WRITTEN = array("I", bytes(4 * BATCH))
 _pack_count = struct.Struct("<H").pack_into
@@ -123,11 +123,13 @@ class Receiver:
                 self.filtered += 1
             elif length <= first:
                 room.take_one(length)
-                put_count(views, 1)
+                if len(view) >= HEADER:
+                    _pack_count(view, COUNT_AT, 1)
+                else:
+                    put_count(views, 1)
                 self.bytes += length - HEADER
                 self.frames += 1
-                if self._wide:
-                    self._wide -= 1
+                self._wide -= self._wide > 0
             elif not self._deliver_large(views, length):
                 break
             if gate.limited and (pause := gate.limiter.take(length - HEADER)):
@@ -253,8 +255,8 @@ class Transmitter:
 
     def _send(self, chains: Sequence[Chain]) -> int:
         """How many went, or were dropped: what the host refuses is, as a wire would."""
-        gate, send = self._gate, self._port.send
-        heads, size, shown = array("I"), 0, 0
+        gate, send, queue = self._gate, self._port.send, self.queue
+        went, short = 0, array("I")
         for chain in chains:
             if HEADER < chain.size <= MAX_FRAME and gate.link_up:
                 try:
@@ -268,18 +270,23 @@ class Transmitter:
                     self.dropped += 1
             else:
                 self.dropped += 1
-            heads.append(chain.head)
-            size += chain.size
-            if size >= LONG:  # the driver goes on while the next one is copied
-                self.queue.push_used(heads, _NOTHING_WRITTEN[: len(heads)])
-                shown += len(heads)
-                heads, size = array("I"), 0
+            went += 1
+            if chain.size < LONG:
+                short.append(chain.head)
+            else:  # the driver goes on while the next one is copied
+                short = short and self._show(short)
+                queue.push(chain, 0)
             if gate.limited and (pause := gate.limiter.take(chain.size - HEADER)):
                 self.pause = pause
                 break
-        if heads:
-            self.queue.push_used(heads, _NOTHING_WRITTEN[: len(heads)])
-        return shown + len(heads)
+        if short:
+            self._show(short)
+        return went
+
+    def _show(self, heads: array[int]) -> array[int]:
+        """To the driver, that these went; none is left."""
+        self.queue.push_used(heads, _NOTHING_WRITTEN[: len(heads)])
+        return array("I")
 
     def statistics(self) -> dict[str, int]:
         counts = {"frames": self.frames, "bytes": self.bytes, "dropped": self.dropped}

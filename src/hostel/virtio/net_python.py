@@ -164,15 +164,17 @@ class Pair:
         self._receive()
         self._watch()
 
-    def _receive(self, expected: int = 1) -> None:
+    def _receive(self, expected: int = 1) -> bool:
+        """Whether there was anything."""
         receiver = self.receiver
         if receiver is None or not self.attached or "receive" in self._paused:
-            return
+            return False
         pause = receiver.run(expected)
         if pause:
             self._paused["receive"] = time.monotonic() + pause
         if pause or receiver.starved:
             self._watch()
+        return receiver.found
 
     def _transmit_kicked(self) -> None:
         assert self.transmitter is not None
@@ -192,7 +194,8 @@ class Pair:
             sent = transmitter.run(left)
             left -= sent or 1  # or a driver that moves its index to and fro would keep us here
             if sent and self._answered and self._watched[0]:
-                self._receive_answers(sent)
+                self._answered = self._receive(sent)
+                self._held = self._held or self._answered
             if transmitter.pause or transmitter.blocked or not queue.enable_notifications():
                 break
         else:
@@ -203,12 +206,6 @@ class Pair:
             self._paused["transmit"] = time.monotonic() + transmitter.pause
         if transmitter.blocked:
             self._watch()
-
-    def _receive_answers(self, sent: int) -> None:
-        assert self.receiver is not None
-        self._receive(sent)
-        self._answered = self.receiver.found
-        self._held = self._held or self._answered
 
     def _release(self) -> None:
         """The driver has had its time: has it seen that its frames went?"""
