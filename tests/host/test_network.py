@@ -196,6 +196,24 @@ def test_ports_on_an_isolated_network(outside: Namespace, host: Namespace, join:
         assert reached(guest, [(OUTSIDE, 7, "tcp"), (OUTSIDE, 7, "udp"), (HOST, 7, "tcp")]) == []
 
 
+def test_an_isolated_machine_asks_for_ports_of_other_networks(host: Namespace, join: Join) -> None:
+    """What the host leads elsewhere, for another network of ours or for containers, is not for it."""
+    other = join("", Nic(target="red"), Publish(host=8080, guest=80))
+    guest, near = join("", Nic(mode="isolated")), join("", Nic(target="blue"))
+    host.run(
+        "nft add table ip containers",
+        "nft add chain ip containers pre { type nat hook prerouting priority dstnat; }",
+        f"nft add rule ip containers pre tcp dport 8081 dnat to {other.address}:80",
+    )
+    try:
+        with Echo(other, 80):
+            for port in (8080, 8081):
+                assert ask(near, gateway(near), port)
+                assert reached(guest, [(gateway(guest), port, "tcp")]) == []
+    finally:
+        host.run("nft delete table ip containers")
+
+
 def test_a_taken_port_is_an_error(host: Namespace, join: Join, tmp_path: Path) -> None:
     join("", Nic(), Publish(host=8080, guest=80))
     with Echo(host, 9090, "127.0.0.1"):

@@ -227,11 +227,11 @@ def _input(view: View) -> Iterator[str]:
 
 def _forward(view: View) -> Iterator[str]:
     bridge = f'"{view.bridge}"'
-    onward = ['oifname "hostel*" drop', "accept"] if view.world else ["drop"]
+    onward = ["drop"]  # also what the host leads elsewhere: other networks' ports, containers'
+    if view.world:
+        onward = ["ct status dnat accept", 'oifname "hostel*" drop', "accept"]
     yield from chain(
-        "from_guests",
-        "",
-        (*_limited(view, "reach"), "ct status dnat accept", f"oifname {bridge} accept", *onward),
+        "from_guests", "", (*_limited(view, "reach"), f"oifname {bridge} accept", *onward)
     )
     rules = [
         "ct state established,related accept",
