@@ -53,7 +53,7 @@ PUBLIC = {
 
 ABI_MAY_IMPORT = {
     *("__future__", "collections", "ctypes", "dataclasses", "enum", "functools"),
-    *("itertools", "struct", "types", "typing"),
+    *("itertools", "msgspec", "struct", "types", "typing"),
 }
 """abi/ does no I/O: layouts and numbers need no more than this."""
 
@@ -260,7 +260,7 @@ def test_what_a_guests_kernel_waits_for() -> None:
     later += ["gettext", "inspect", "locale", "platform", "textwrap", "urllib.parse"]
     later += ["typing_extensions", "msgspec.inspect"]
     later += ["hostel.devices", "hostel.guest", "hostel.qemu", "hostel.virtio", "hostel.soft"]
-    later += ["hostel.abi.kvm_later"]
+    later += ["hostel.abi.kvm_later", "hostel.abi.multiboot", "hostel.abi.pvh"]
     first = [
         "cli.entry",
         "cli.boot",

@@ -14,16 +14,23 @@ from typing import Any
 import pytest
 
 from abi.c_probe import evaluate
-from hostel.abi import boot, elf
+from hostel.abi import boot, elf, multiboot, pvh
 
 STRUCTURES = {
     "struct setup_header": boot.SetupHeader,
-    "struct boot_params": boot.BootParams,
-    "struct boot_e820_entry": boot.E820Entry,
-    "struct setup_data": boot.SetupData,
 }
 NUMBERS = {
-    "E820_MAX_ENTRIES_ZEROPAGE": boot.E820_MAX_ENTRIES,
+    "sizeof(struct boot_params)": boot.BOOT_PARAMS_SIZE,
+    "offsetof(struct boot_params, acpi_rsdp_addr)": boot.ACPI_RSDP_ADDR,
+    "offsetof(struct boot_params, e820_entries)": boot.E820_ENTRIES,
+    "offsetof(struct boot_params, e820_table)": boot.E820_TABLE,
+    "offsetof(struct boot_params, hdr)": boot.SETUP_HEADER_OFFSET,
+    "sizeof(struct boot_e820_entry)": boot.E820_ENTRY.size,
+    "offsetof(struct boot_e820_entry, size)": 8,
+    "offsetof(struct boot_e820_entry, type)": 16,
+    "sizeof(struct setup_data)": boot.SETUP_DATA.size,
+    "offsetof(struct setup_data, type)": 8,
+    "offsetof(struct setup_data, len)": 12,
     "LOADED_HIGH": boot.LOADED_HIGH,
     "XLF_KERNEL_64": boot.XLF_KERNEL_64,
     "SETUP_RNG_SEED": boot.SETUP_RNG_SEED,
@@ -80,11 +87,11 @@ def expected() -> dict[str, int]:
         table[f"sizeof({name})"] = layout.size
     table["sizeof(Elf32_Phdr)"] = elf.PHDR32_SIZE
     table["sizeof(Elf64_Nhdr)"] = elf.NHDR.size
-    for field, offset in zip(elf.Ehdr._fields, offsets(elf.EHDR64), strict=True):
+    for field, offset in zip(elf.Ehdr.__struct_fields__, offsets(elf.EHDR64), strict=True):
         table[f"offsetof(Elf64_Ehdr, {field})"] = offset
-    for field, offset in zip(elf.Ehdr._fields, offsets(elf.EHDR32), strict=True):
+    for field, offset in zip(elf.Ehdr.__struct_fields__, offsets(elf.EHDR32), strict=True):
         table[f"offsetof(Elf32_Ehdr, {field})"] = offset
-    for field, offset in zip(elf.Phdr._fields, offsets(elf.PHDR64), strict=True):
+    for field, offset in zip(elf.Phdr.__struct_fields__, offsets(elf.PHDR64), strict=True):
         table[f"offsetof(Elf64_Phdr, {field})"] = offset
     return table
 
@@ -126,12 +133,12 @@ def test_the_32_bit_program_header() -> None:
 def test_pvh_and_multiboot_sizes() -> None:
     """As their specifications count them; Xen's start_info.h and Multiboot 0.6.96 §3.3."""
     sizes = {
-        boot.HvmStartInfo: 56,
-        boot.HvmModlistEntry: 32,
-        boot.HvmMemmapEntry: 24,
-        boot.MultibootHeader: 32,
-        boot.MultibootInfo: 72,
-        boot.MultibootModule: 16,
-        boot.MultibootMmapEntry: 24,
+        pvh.HvmStartInfo: 56,
+        pvh.HvmModlistEntry: 32,
+        pvh.HvmMemmapEntry: 24,
+        multiboot.MultibootHeader: 32,
+        multiboot.MultibootInfo: 72,
+        multiboot.MultibootModule: 16,
+        multiboot.MultibootMmapEntry: 24,
     }
     assert {cls: ctypes.sizeof(cls) for cls in sizes} == sizes

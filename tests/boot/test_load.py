@@ -43,8 +43,9 @@ def initrd(tmp_path: Path) -> Path:
     return path
 
 
-def params(memory: GuestMemory) -> abi.BootParams:
-    return abi.BootParams.from_buffer_copy(memory.read(layout.BOOT_PARAMS, 4096))
+def setup_header(memory: GuestMemory) -> abi.SetupHeader:
+    page = memory.read(layout.BOOT_PARAMS, abi.BOOT_PARAMS_SIZE)
+    return abi.SetupHeader.from_buffer_copy(page, abi.SETUP_HEADER_OFFSET)
 
 
 # --- places ---------------------------------------------------------------------------------------------
@@ -61,7 +62,7 @@ def test_the_initrd_is_high_and_below_the_limit(
     memory: GuestMemory, kernel: Path, initrd: Path
 ) -> None:
     load_kernel(memory, kernel, initrd=initrd)
-    header = params(memory).hdr
+    header = setup_header(memory)
     assert header.ramdisk_size == 20000
     assert header.ramdisk_image == 32 * MIB - 5 * 4096
     assert memory.read(header.ramdisk_image, 20000) == initrd.read_bytes()
@@ -76,7 +77,7 @@ def test_the_initrd_respects_the_kernels_limit(
     path = tmp_path / "bzImage"
     path.write_bytes(data)
     load_kernel(memory, path, initrd=initrd)
-    assert params(memory).hdr.ramdisk_image == 16 * MIB - 5 * 4096
+    assert setup_header(memory).ramdisk_image == 16 * MIB - 5 * 4096
 
 
 def test_the_header_of_a_bzimage_reaches_the_zero_page(
@@ -86,16 +87,26 @@ def test_the_header_of_a_bzimage_reaches_the_zero_page(
     path = tmp_path / "bzImage"
     path.write_bytes(kernels.bzimage(gzip.compress(kernels.elf()), version=0x020E))
     load_kernel(memory, path, cmdline="x")
-    header = params(memory).hdr
+    header = setup_header(memory)
     assert (header.version, header.pref_address) == (0x020E, 16 * MIB)
     assert (header.type_of_loader, header.cmd_line_ptr) == (0xFF, layout.CMDLINE_ADDRESS)
+
+
+def test_the_zero_page_has_the_tables_and_the_memory_map(memory: GuestMemory, kernel: Path) -> None:
+    load_kernel(memory, kernel, rsdp=layout.ACPI_ADDRESS)
+    assert memory.read_u64(layout.BOOT_PARAMS + abi.ACPI_RSDP_ADDR) == layout.ACPI_ADDRESS
+    entries = memory_map(memory.regions)
+    assert memory.read(layout.BOOT_PARAMS + abi.E820_ENTRIES, 1)[0] == len(entries)
+    size = abi.E820_ENTRY.size * len(entries)
+    table = memory.read(layout.BOOT_PARAMS + abi.E820_TABLE, size)
+    assert list(abi.E820_ENTRY.iter_unpack(table)) == [(e.addr, e.size, e.type) for e in entries]
 
 
 def test_each_boot_has_a_seed_of_its_own(memory: GuestMemory, kernel: Path) -> None:
     seeds = set()
     for _ in range(2):
         load_kernel(memory, kernel, cmdline="x")
-        address = params(memory).hdr.setup_data
+        address = setup_header(memory).setup_data
         assert address > layout.CMDLINE_ADDRESS + 1
         seeds.add(memory.read(address + 16, 32))
     assert len(seeds) == 2

@@ -6,7 +6,8 @@ Field order is that of ``<elf.h>``; a compiled probe compares sizes and offsets.
 from __future__ import annotations
 
 from struct import Struct
-from typing import NamedTuple
+
+import msgspec
 
 MAGIC = b"\x7fELF"
 
@@ -59,7 +60,7 @@ XEN_ELFNOTE_PHYS32_ENTRY = 18
 """Physical address of the 32-bit PVH entry (Xen's public/elfnote.h)."""
 
 
-class Ehdr(NamedTuple):
+class Ehdr(msgspec.Struct, frozen=True):
     """Elf32_Ehdr or Elf64_Ehdr, after e_ident."""
 
     e_type: int
@@ -77,7 +78,7 @@ class Ehdr(NamedTuple):
     e_shstrndx: int
 
 
-class Phdr(NamedTuple):
+class Phdr(msgspec.Struct, frozen=True):
     """A program header; the order of fields is ours, since the two classes differ."""
 
     p_type: int
@@ -105,4 +106,4 @@ def parse_phdr32(data: bytes, offset: int) -> Phdr:
 
 
 def parse_phdr64(data: bytes, offset: int) -> Phdr:
-    return Phdr._make(PHDR64.unpack_from(data, offset))
+    return Phdr(*PHDR64.unpack_from(data, offset))

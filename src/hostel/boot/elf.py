@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterator
 
 import msgspec
+from msgspec.structs import astuple
 
 from hostel.abi import elf as abi
 from hostel.errors import ImageError
@@ -108,7 +109,7 @@ def write_compact(source: Source, file: ElfFile, fd: int) -> None:
         )
         _write_at(fd, data, offset)
         offset = _align(offset + len(data), _PAGE)
-    table = b"".join(abi.PHDR64.pack(*phdr) for phdr in phdrs)
+    table = b"".join(abi.PHDR64.pack(*astuple(phdr)) for phdr in phdrs)
     _write_at(fd, _pack_header(file.entry, len(phdrs)) + table + notes, 0)
 
 
@@ -118,7 +119,7 @@ def _pack_header(entry: int, phnum: int) -> bytes:
         *(abi.EHDR64.size, abi.PHDR64.size, phnum, 0, 0, 0),
     )
     ident = abi.MAGIC + bytes((abi.ELFCLASS64, abi.ELFDATA2LSB, 1))
-    return ident.ljust(abi.EI_NIDENT, b"\0") + abi.EHDR64.pack(*header)[abi.EI_NIDENT :]
+    return ident.ljust(abi.EI_NIDENT, b"\0") + abi.EHDR64.pack(*astuple(header))[abi.EI_NIDENT :]
 
 
 def _pack_note(note: Note) -> bytes:
@@ -141,9 +142,9 @@ def _read_header(source: Source) -> tuple[int, abi.Ehdr]:
         raise ImageError(f"{source.name} is no ELF file")
     _check_machine(source, head)
     if head[abi.EI_CLASS] == abi.ELFCLASS64:
-        bits, header = 64, abi.Ehdr._make(abi.EHDR64.unpack_from(head))
+        bits, header = 64, abi.Ehdr(*abi.EHDR64.unpack_from(head))
     elif head[abi.EI_CLASS] == abi.ELFCLASS32:
-        bits, header = 32, abi.Ehdr._make(abi.EHDR32.unpack_from(head))
+        bits, header = 32, abi.Ehdr(*abi.EHDR32.unpack_from(head))
     else:
         raise ImageError(f"{source.name} is an ELF file of unknown class {head[abi.EI_CLASS]}")
     if header.e_type not in (abi.ET_EXEC, abi.ET_DYN):

@@ -26,7 +26,7 @@ from hostel.abi import elf as elf_abi
 from hostel.errors import ImageError
 from hostel.vmm import layout
 
-from . import bzimage, decompress, elf, multiboot_header
+from . import bzimage, decompress, elf
 from .elf import Segment
 from .source import Source
 
@@ -92,9 +92,11 @@ def _is_bzimage(source: Source) -> bool:
 
 
 def _recognise(source: Source) -> KernelImage:
-    head = source.head(abi.MULTIBOOT_SEARCH)
-    if bzimage.is_bzimage(head):
+    if _is_bzimage(source):
         return _from_bzimage(source)
+    from . import multiboot_header  # not for the kernel that nearly all machines have
+
+    head = source.head(multiboot_header.SEARCH)
     if head.startswith(elf_abi.MAGIC):
         return _from_elf(source, head)
     header = multiboot_header.find(head)
@@ -134,11 +136,13 @@ def _from_payload(source: Source, inner: Source, header: abi.SetupHeader) -> Ker
 
 
 def _from_elf(source: Source, head: bytes) -> KernelImage:
+    from . import multiboot_header
+
     kernel = elf.parse(source)
     linux = kernel.bits == 64 and kernel.is_linux()
     if not linux and (header := multiboot_header.find(head)) is not None:
         multiboot_header.check_flags(source, header)
-        if header.flags & abi.MULTIBOOT_AOUT_KLUDGE:
+        if multiboot_header.names_addresses(header):
             segment, entry = multiboot_header.flat_segment(source, header)
             return KernelImage("multiboot", source, (segment,), entry)
         return KernelImage("multiboot", source, kernel.segments, kernel.entry)

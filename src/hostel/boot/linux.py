@@ -6,7 +6,7 @@ the newest protocol, with the limits that boot.rst names as defaults.
 
 from __future__ import annotations
 
-import ctypes
+from struct import Struct
 
 from hostel.abi import boot as abi
 from hostel.memory import GuestMemory
@@ -17,26 +17,34 @@ from .image import KernelImage
 from .info import BootInfo
 
 _PROTOCOL = 0x020F
+_U64 = Struct("<Q")
 
 
 def build(memory: GuestMemory, image: KernelImage, info: BootInfo) -> EntryState:
-    params = abi.BootParams()
-    params.hdr = image.header or _header()
-    params.hdr.type_of_loader = abi.TYPE_OF_LOADER_UNDEFINED
-    params.hdr.loadflags |= abi.LOADED_HIGH
-    params.hdr.cmd_line_ptr = info.cmdline.address
+    header = abi.SetupHeader.from_buffer_copy(image.header or _header())
+    header.type_of_loader = abi.TYPE_OF_LOADER_UNDEFINED
+    header.loadflags |= abi.LOADED_HIGH
+    header.cmd_line_ptr = info.cmdline.address
     if info.seed:
-        params.hdr.setup_data = _write_seed(memory, info.cmdline.end + 1, info.seed)
+        header.setup_data = _write_seed(memory, info.cmdline.end + 1, info.seed)
     if info.initrd is not None:
-        params.hdr.ramdisk_image = info.initrd.address
-        params.hdr.ramdisk_size = info.initrd.size
-    params.acpi_rsdp_addr = info.rsdp
-    params.e820_entries = len(info.map)
-    for slot, entry in zip(params.e820_table, info.map, strict=False):
-        slot.addr, slot.size, slot.type = entry.addr, entry.size, entry.type
-    memory.write(layout.BOOT_PARAMS, bytes(params))
+        header.ramdisk_image = info.initrd.address
+        header.ramdisk_size = info.initrd.size
+    memory.write(layout.BOOT_PARAMS, _zero_page(header, info))
     registers = {"rsi": layout.BOOT_PARAMS, "rsp": layout.BOOT_STACK}
     return EntryState("long", image.entry, registers)
+
+
+def _zero_page(header: abi.SetupHeader, info: BootInfo) -> bytearray:
+    page = bytearray(abi.BOOT_PARAMS_SIZE)
+    _U64.pack_into(page, abi.ACPI_RSDP_ADDR, info.rsdp)
+    page[abi.E820_ENTRIES] = len(info.map)
+    data = bytes(header)
+    page[abi.SETUP_HEADER_OFFSET : abi.SETUP_HEADER_OFFSET + len(data)] = data
+    for index, entry in enumerate(info.map):
+        at = abi.E820_TABLE + index * abi.E820_ENTRY.size
+        abi.E820_ENTRY.pack_into(page, at, entry.addr, entry.size, entry.type)
+    return page
 
 
 def _header() -> abi.SetupHeader:
@@ -57,7 +65,5 @@ def _write_seed(memory: GuestMemory, address: int, seed: bytes) -> int:
     An older kernel passes over a type that it does not know.
     """
     address = -(-address // 8) * 8
-    head = abi.SetupData(next=0, type=abi.SETUP_RNG_SEED, len=len(seed))
-    memory.write(address, bytes(head))
-    memory.write(address + ctypes.sizeof(head), seed)
+    memory.write(address, abi.SETUP_DATA.pack(0, abi.SETUP_RNG_SEED, len(seed)) + seed)
     return address

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 
-from hostel.abi import boot as abi
+from hostel.abi import multiboot as abi
 from hostel.memory import GuestMemory
 from hostel.vmm import layout
 
@@ -43,7 +43,7 @@ def build(memory: GuestMemory, image: KernelImage, info: BootInfo) -> EntryState
         memory.write(_MODULES, bytes(module))
     memory.write(_MAP, memory_map + _LOADER_NAME)
     memory.write(layout.MULTIBOOT_INFO, bytes(multiboot))
-    registers = {"rax": abi.MULTIBOOT_LOADER_MAGIC, "rbx": layout.MULTIBOOT_INFO}
+    registers = {"rax": abi.LOADER_MAGIC, "rbx": layout.MULTIBOOT_INFO}
     return EntryState("protected", image.entry, registers)
 
 

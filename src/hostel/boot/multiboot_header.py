@@ -6,14 +6,15 @@ import ctypes
 
 import msgspec
 
-from hostel.abi import boot as abi
+from hostel.abi import multiboot as abi
 from hostel.errors import ImageError
 
 from .elf import Segment, check_segments
 from .source import Source
 
-_MAGIC = abi.MULTIBOOT_HEADER_MAGIC.to_bytes(4, "little")
+_MAGIC = abi.HEADER_MAGIC.to_bytes(4, "little")
 _SIZE = ctypes.sizeof(abi.MultibootHeader)
+SEARCH = abi.SEARCH
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -35,17 +36,22 @@ def find(head: bytes) -> Header | None:
     return None
 
 
+def names_addresses(header: Header) -> bool:
+    """Its own; else those of the ELF that it is in count."""
+    return bool(header.flags & abi.AOUT_KLUDGE)
+
+
 def check_flags(source: Source, header: Header) -> None:
     """A loader must refuse what it does not know (§3.1.1). A video mode is a wish, not a need."""
-    known = abi.MULTIBOOT_PAGE_ALIGN | abi.MULTIBOOT_MEMORY_INFO | abi.MULTIBOOT_VIDEO_MODE
-    if unknown := header.flags & abi.MULTIBOOT_REQUIRED & ~known:
+    known = abi.PAGE_ALIGN | abi.MEMORY_INFO | abi.VIDEO_MODE
+    if unknown := header.flags & abi.REQUIRED & ~known:
         raise ImageError(f"{source.name}: its multiboot header needs unknown features {unknown:#x}")
 
 
 def flat_segment(source: Source, header: Header) -> tuple[Segment, int]:
     """Segment and entry of a kernel that names its own addresses ("the a.out kludge", §3.1.3)."""
     fields = header.fields
-    if not header.flags & abi.MULTIBOOT_AOUT_KLUDGE:
+    if not names_addresses(header):
         raise ImageError(
             f"{source.name} has a multiboot header without load addresses, and is no ELF file",
             cure="set bit 16 of its flags, or link it as ELF",

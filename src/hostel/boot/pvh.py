@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 
-from hostel.abi import boot as abi
+from hostel.abi import pvh as abi
 from hostel.memory import GuestMemory
 from hostel.vmm import layout
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,9 +37,9 @@ from hostel.vmm.loop import EventLoop
 from hostel.vmm.vcpu_thread import JOIN_SECONDS, VcpuThread
 
 from .loading import Loading
-from .nic import e1000_pins
 
 if TYPE_CHECKING:
+    from hostel.boot.acpi import PciPin
     from hostel.virtio.device import VirtioDevice
     from hostel.vmm.pci import PciBus, PciFunction
 
@@ -212,10 +212,17 @@ class Board:
         tables = AcpiConfig(
             apic_ids=range(self.plan.spec.cpus),
             pci=self.plan.spec.transport == "pci",
-            pci_pins=e1000_pins(self.plan),
+            pci_pins=self._pci_pins(),
             virtio_mmio=self.virtio_mmio,
         )
         write_tables(self.memory, tables)
+
+    def _pci_pins(self) -> Sequence[PciPin]:
+        if not self.plan.nics:
+            return ()
+        from .nic import e1000_pins
+
+        return e1000_pins(self.plan)
 
     def _create_vcpu(self, id: int) -> Vcpu:
         vcpu = self.vm.create_vcpu(id)

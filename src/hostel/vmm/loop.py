@@ -12,12 +12,12 @@ thread; ``remove`` from another thread does not wait for a callback that is runn
 from __future__ import annotations
 
 import contextlib
-import heapq
 import itertools
 import os
 import select
 import threading
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Callable
 
@@ -34,7 +34,7 @@ class EventLoop:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callback] = {}
         self._soon: deque[Callback] = deque()
-        self._later: list[tuple[float, int, Callback]] = []
+        self._later: list[tuple[float, int, Callback]] = []  # sorted; a handful
         self._order = itertools.count()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake, select.EPOLLIN)
@@ -104,7 +104,7 @@ class EventLoop:
     def call_later(self, delay: float, callback: Callback) -> None:
         """Run ``callback()`` on the loop's thread after ``delay`` seconds. From any thread."""
         entry = (time.monotonic() + delay, next(self._order), callback)
-        self.call_soon(lambda: heapq.heappush(self._later, entry))
+        self.call_soon(lambda: insort(self._later, entry))
 
     def run_sync(self, callback: Callback) -> None:
         """Run ``callback()`` between two others and return when it has run.
@@ -146,7 +146,7 @@ class EventLoop:
 
     def _run_due(self) -> None:
         while self._later and self._later[0][0] <= time.monotonic():
-            self._call(heapq.heappop(self._later)[2])
+            self._call(self._later.pop(0)[2])
 
     def _run_soon(self) -> None:
         with contextlib.suppress(BlockingIOError):
