@@ -87,6 +87,16 @@ def test_kernels_that_are_none(hostel: Hostel, tmp_path: Path) -> None:
     assert b"a bug" not in result.stderr
 
 
+def test_an_elf_that_qemu_cannot_enter(hostel: Hostel, tmp_path: Path) -> None:
+    path = tmp_path / "vmlinux"
+    path.write_bytes(compile_kernel("linux", bits=64))
+    result = hostel("boot", "-q", "--engine", "qemu", "--kernel", str(path))
+    assert (result.returncode, result.stdout) == (125, b"")
+    told = b"has no PVH note, by which alone engine qemu enters an ELF; use --engine kvm, or"
+    assert told in result.stderr
+    assert result.stderr.count(b"\n") == 1
+
+
 def test_linux_without_a_root_panics(hostel: Hostel) -> None:
     """The default kernel of this host; its console is on standard output, the reason on the other."""
     result = hostel("boot", "-q", "--engine", "qemu", "--timeout", "100")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,20 @@ def test_a_torn_file_is_no_harm(trials: list[KvmReport], tmp_path: Path) -> None
     (tmp_path / "hostel" / ".kvm").write_text("{")
     assert verdict().reason
     assert len(trials) == 2
+
+
+def test_a_full_disk_costs_a_trial_and_leaves_nothing(
+    trials: list[KvmReport], tmp_path: Path
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # EFBIG: Python ignores SIGXFSZ
+    try:
+        verdict()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert verdict().reason
+    assert len(trials) == 2
+    assert [path.name for path in (tmp_path / "hostel").iterdir()] == [".kvm"]
 
 
 @pytest.mark.kvm

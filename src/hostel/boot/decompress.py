@@ -24,7 +24,6 @@ from __future__ import annotations
 import binascii
 import contextlib
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,8 +41,6 @@ MAX_UNPACKED = 1 << 30
 
 _FORMAT = "-2"
 """Part of the key: raise it whenever what is written changes."""
-_TEMPORARY = "."
-_STALE_SECONDS = 600
 _LZ4_BLOCK = 8 << 20
 """The largest block of a legacy frame, uncompressed."""
 
@@ -81,7 +78,7 @@ def vmlinux(source: Source, offset: int, length: int) -> Source:
 
 def _cache(unpacked: Source, kernel: elf.ElfFile, path: Path) -> Source | None:
     """The entry, open; None if the cache cannot be written."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, HostError):
         _store(unpacked, kernel, path)
         _evict(path.parent)
     return _open_cached(path)
@@ -207,26 +204,14 @@ def _open_cached(path: Path) -> Source | None:
 
 def _store(unpacked: Source, kernel: elf.ElfFile, path: Path) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    import tempfile
-
-    fd, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
-    try:
-        elf.write_compact(unpacked, kernel, fd)
-        os.fsync(fd)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-    finally:
-        os.close(fd)
+    with cache.workshop(path.parent) as work, (work / "vmlinux").open("wb") as file:
+        elf.write_compact(unpacked, kernel, file.fileno())
+        os.fsync(file.fileno())
+        os.replace(file.name, path)
 
 
 def _evict(directory: Path) -> None:
-    """Forget the entries used longest ago, and what writers that were killed have left."""
-    entries = sorted(directory.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-    stale = time.time() - _STALE_SECONDS
-    for entry in entries:
-        if entry.name.startswith(_TEMPORARY) and entry.stat().st_mtime < stale:
-            entry.unlink()
-    for entry in [entry for entry in entries if not entry.name.startswith(_TEMPORARY)][KEEP:]:
+    """Forget the entries used longest ago."""
+    entries = [entry for entry in directory.iterdir() if not entry.name.startswith(".")]
+    for entry in sorted(entries, key=lambda path: path.stat().st_mtime, reverse=True)[KEEP:]:
         entry.unlink()

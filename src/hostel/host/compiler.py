@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -44,7 +43,7 @@ def compiled(
     digest = _digest(compiler, sources, flags, headers or {})
     target = cache.directory("agent") / f"{name}-{digest}"
     if not target.exists():
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as work:
+        with cache.workshop(target.parent) as work:
             for header, text in (headers or {}).items():
                 Path(work, header).write_text(text)
             output = Path(work, name)

@@ -63,7 +63,6 @@ def _key() -> str:
 
 
 def _remember(file: Path, found: Verdict) -> None:
-    new = file.with_name(f".kvm-{os.getpid()}")
-    with contextlib.suppress(OSError):  # a full disk: it is tried again next time
-        new.write_bytes(msgspec.json.encode(found))
-        new.replace(file)
+    """A torn file is none: it is tried again next time."""
+    with contextlib.suppress(OSError):
+        file.write_bytes(msgspec.json.encode(found))

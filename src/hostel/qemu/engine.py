@@ -266,8 +266,7 @@ class QemuEngine:
         if unpacked == self.plan.kernel:
             return unpacked
         with Source.open(unpacked) as source:
-            has_entry = elf.parse(source).note(b"Xen\0", NOTE_PVH)
-        return unpacked if has_entry else self.plan.kernel
+            return unpacked if _has_entry(source) else self.plan.kernel
 
     def _cmdline(self) -> str:
         """What the caller appended stays last: the last word counts."""
@@ -287,6 +286,10 @@ class QemuEngine:
                 raise SpecError(
                     "engine qemu boots no boot sectors", cure="use --engine kvm or soft"
                 )
+            bare = kernel.protocol == "linux" and kernel.header is None  # an ELF as it came
+            if bare and not _has_entry(kernel.source):
+                message = f"{plan.kernel} has no PVH note, by which alone engine qemu enters an ELF"
+                raise SpecError(message, cure="use --engine kvm, or the kernel's bzImage")
             check_fits(kernel, cmdline=cmdline, initrd=plan.initrd, memory=plan.spec.memory)
         if plan.spec.hugepages:
             GuestMemory(plan.spec.memory, hugepages=True).close()
@@ -403,3 +406,8 @@ class QemuEngine:
         self._undo.close()
         self._ending = ending
         self._settled.set()
+
+
+def _has_entry(source: Source) -> bool:
+    """Whether QEMU can enter this ELF."""
+    return elf.parse(source).note(b"Xen\0", NOTE_PVH) is not None

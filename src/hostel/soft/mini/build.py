@@ -13,7 +13,6 @@ import functools
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -33,7 +32,7 @@ def built(name: str, mode: Mode, parameters: Mapping[str, int]) -> Path:
     """The image of ``NAME.s``; a sector is its 512 bytes, anything else an ELF file with a PVH note."""
     target = cache.directory("mini") / f"{name}-{_digest(name, mode, parameters)}"
     if not target.exists():
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as work:
+        with cache.workshop(target.parent) as work:
             output = Path(work, name)
             _assemble(name, mode, parameters, output)
             os.replace(output, target)
