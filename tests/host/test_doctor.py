@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hostel.host import doctor
+from hostel.host import doctor, shares, virtiofsd
 from hostel.host.doctor import Finding, Report
 
 
@@ -94,6 +94,17 @@ def test_a_program_that_does_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert doctor._qemu().state == "missing"
     assert "libfoo.so" in doctor._qemu().found
+
+
+@pytest.mark.skipif(not doctor._which(*virtiofsd.PLACES), reason="no virtiofsd")
+def test_virtiofsd_needs_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shares, "most_open_files", lambda: 4096)
+    row = doctor._virtiofsd()
+    assert row.state == "limited"
+    assert row.found.endswith(", but 4096 open files at most")
+    assert str(shares.ENOUGH_FILES) in row.cure
+    monkeypatch.setattr(shares, "most_open_files", lambda: 1 << 20)
+    assert doctor._virtiofsd().state == "ok"
 
 
 def test_a_device_without_permission(tmp_path: Path) -> None:

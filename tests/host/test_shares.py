@@ -422,12 +422,13 @@ def test_our_server_says_what_the_guest_did(runtime: Runtime, tree: Path) -> Non
 
 def test_auto_takes_what_will_do(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Served("share", tree, False)
-    monkeypatch.setattr(shares, "_most_open_files", lambda: 1 << 20)
+    monkeypatch.setattr(shares, "most_open_files", lambda: 1 << 20)
     assert choose(plain, MEMORY).server == "virtiofsd"
-    monkeypatch.setattr(shares, "_most_open_files", lambda: 4096)
+    monkeypatch.setattr(shares, "most_open_files", lambda: 4096)
     choice = choose(plain, MEMORY)
     assert choice.server == "python"
     assert "4096 are too few" in choice.reason
+    assert choice.reason.endswith(shares.more_files(shares.ENOUGH_FILES))
     assert choose(plain, 4096 << 10).server == "virtiofsd", "so small a guest remembers no more"
     monkeypatch.setattr(virtiofsd, "PLACES", ())
     monkeypatch.setenv("PATH", "/nonexistent")

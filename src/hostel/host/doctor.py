@@ -22,7 +22,7 @@ import msgspec
 from hostel import cache
 from hostel.errors import HostelError, MissingTool
 
-from . import kernels, toolbox
+from . import kernels, shares, toolbox
 
 State = Literal["ok", "limited", "missing"]
 
@@ -163,6 +163,10 @@ def _virtiofsd() -> Finding:
     if found is None:
         cost = "hostel serves the host's files itself, which takes longer"
         return Finding("virtiofsd", "limited", "not found", cost, _install("virtiofsd"))
+    if (most := shares.most_open_files()) < shares.ENOUGH_FILES:
+        cost = "hostel serves the files of larger machines itself, which takes longer"
+        found += f", but {most} open files at most"
+        return Finding("virtiofsd", "limited", found, cost, shares.more_files(shares.ENOUGH_FILES))
     return Finding("virtiofsd", "ok", found)
 
 

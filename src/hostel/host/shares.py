@@ -111,9 +111,12 @@ def _why_not_virtiofsd(wanted: Served, memory: int) -> str:
         return error.message
     if not _serves_us(program):
         return "this virtiofsd would show an ordinary user the files of others as nobody's"
-    most, need = _most_open_files(), min(memory // BYTES_OF_AN_INODE, ENOUGH_FILES)
+    most, need = most_open_files(), min(memory // BYTES_OF_AN_INODE, ENOUGH_FILES)
     if most < need:
-        return f"virtiofsd needs a descriptor for each file that the guest remembers: {most} are too few"
+        return (
+            f"virtiofsd needs a descriptor for each file that the guest remembers: {most} are too few;"
+            f" {more_files(need)}"
+        )
     return ""
 
 
@@ -121,14 +124,27 @@ def _serves_us(program: str) -> bool:
     return program == virtiofsd.C_VERSION or os.geteuid() == 0
 
 
-def _most_open_files() -> int:
+def most_open_files() -> int:
     """As far as ``launch.py`` can raise the limit."""
+    if _may_raise_limits():
+        with contextlib.suppress(OSError, ValueError):
+            return int(Path("/proc/sys/fs/nr_open").read_text())
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+
+def more_files(need: int) -> str:
+    """What to do for as many."""
+    if _may_raise_limits():
+        return f"sysctl fs.nr_open={need}"
+    return f"have your limit of open files (ulimit -Hn) raised to {need}"
+
+
+def _may_raise_limits() -> bool:
     with contextlib.suppress(OSError, ValueError, StopIteration):
         status = Path("/proc/self/status").read_text().splitlines()
         capable = next(line.split()[1] for line in status if line.startswith("CapEff:"))
-        if int(capable, 16) >> CAP_SYS_RESOURCE & 1:
-            return int(Path("/proc/sys/fs/nr_open").read_text())
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        return bool(int(capable, 16) >> CAP_SYS_RESOURCE & 1)
+    return False
 
 
 def share(runtime: Path, wanted: Served, *, memory: int) -> Share:
