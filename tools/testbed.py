@@ -13,7 +13,8 @@ Rules: standard library only (it runs before the virtual environment exists); st
 the command's bytes only; every child dies with us (parent-death signal), and nothing is left on disk.
 The server emulated is slow (a few per cent of native) and stalled in 2 of 20 boots when measured: a boot
 that makes no progress is ended and tried again, and so is a server that stands still before the command
-has said or read anything. We say so. Files: this one starts and ends it, testbed_session.py talks to it.
+has said or read anything. We say so. Files: this one starts and ends it, testbed_session.py talks to it,
+testbed_monitor.py looks at one that stands still.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ import time
 import tty
 from collections.abc import Iterator
 
+from testbed_clock import frequency_khz
+from testbed_monitor import processors
 from testbed_parts import (
     TOP,
     TestbedError,
@@ -118,12 +121,12 @@ class Server:
         arguments = self._machine()
         arguments += ["-chardev", f"socket,id=root,fd={root.fileno()}"]
         arguments += ["-device", "vhost-user-fs-pci,chardev=root,tag=root,queue-size=1024"]
-        for name in ("console", *PORTS):
+        for name in ("monitor", "console", *PORTS):
             ours, theirs = socket.socketpair()
             self.ports[name] = ours
             inherited.append(theirs)
             arguments += ["-chardev", f"socket,id={name},fd={theirs.fileno()}"]
-            if name != "console":
+            if name in PORTS:
                 arguments += ["-device", f"virtserialport,chardev={name},name=testbed.{name}"]
         disk = os.memfd_create("nvme")
         os.truncate(disk, 1 << 30)
@@ -137,7 +140,8 @@ class Server:
 
     def _machine(self) -> list[str]:
         memory, python = self.options.memory, os.path.realpath(sys.executable)
-        append = (
+        rate = frequency_khz()
+        append = (f"tsc_early_khz={rate} " if rate else "") + (
             "console=ttyS0 panic=-1 tsc=reliable clocksource=tsc intel_iommu=on cryptomgr.notests "
             "mitigations=off no_timer_check random.trust_cpu=on "
             f'-- "{python}" -IS "{TOP / "tools" / "testbed_guest.py"}"'
@@ -152,6 +156,7 @@ class Server:
             *("-kernel", str(next((self.kernel / "boot").glob("vmlinuz-*")))),
             *("-initrd", str(self.initramfs), "-append", append),
             *("-device", "virtio-serial-pci", "-serial", "chardev:console"),
+            *("-mon", "chardev=monitor,mode=control"),
             *("-netdev", "hubport,id=spare,hubid=0", "-device", "e1000e,netdev=spare,romfile="),
         ]
 
@@ -169,11 +174,12 @@ class Server:
         os.close(self.log)
 
     def last_words(self) -> list[str]:
-        """The end of the console, and what the processes said: the reason, when a boot fails."""
+        """The end of the console, what the processes said, and where the processors stand."""
         log = os.pread(self.log, 65536, 0).decode(errors="replace").splitlines()
         console = self.console.decode(errors="replace").splitlines()
         panic = next((n for n, line in enumerate(console) if "Kernel panic" in line), len(console))
-        return [*console[: panic + 1][-10:], *log[-5:]]
+        standing = [] if self.ended else processors(self.ports["monitor"], self.options.smp)
+        return [*console[: panic + 1][-10:], *log[-5:], *standing]
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -90,6 +91,8 @@ def test_a_command_that_falls_silent_is_ended() -> None:
     assert (result.returncode, result.stdout) == (125, "up\n")
     assert "where it stands\n" in result.stderr
     assert "the command wrote nothing for 5 s" in result.stderr
+    for number in (0, 1):
+        assert re.search(rf"CPU {number}: RIP=\w+ RFL=\w+ HLT=\d; ISR .*; IRR ", result.stderr)
 
 
 def test_an_interrupt_reaches_the_command() -> None:
