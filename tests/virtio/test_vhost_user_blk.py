@@ -94,6 +94,20 @@ def test_raw_when_asked_and_several_queues(rig: Rig, tmp_path: Path) -> None:
             assert done.data[:512] == image.read_bytes()[512 * queue : 512 * (queue + 1)]
 
 
+def test_a_segment_may_be_as_long_as_it_likes(rig: Rig, tmp_path: Path) -> None:
+    """The daemon says that one has at most 0 bytes: a driver that believed it would cut requests in pages."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(os.urandom(SIZE))
+    with served(rig, tmp_path, image, plane="vhost-user") as (disk, _):
+        offered = disk.driver.read_features()
+        said = int.from_bytes(disk.driver.device.config[AT["size_max"] :][:4], "little")
+        assert said or not offered >> abi.BLK_F_SIZE_MAX & 1
+        assert offered >> abi.BLK_F_SEG_MAX & 1
+        header = abi.BLK_OUTHDR.pack(abi.BLK_T_IN, 0, 0)
+        done = disk.driver.request(0, [header], [256 << 10, 1])
+        assert done.data == image.read_bytes()[: 256 << 10] + bytes([OK])
+
+
 def test_an_overlay_keeps_its_base(rig: Rig, tmp_path: Path) -> None:
     base = tmp_path / "base.img"
     base.write_bytes(os.urandom(SIZE))

@@ -1,7 +1,9 @@
 """Block (virtio 1.2 §5.2) whose queues another process serves: a qemu-storage-daemon, for any format.
 
-The config space is the backend's, read once a driver looks. What we keep of it is the capacity, once
-the image was resized: daemons before QEMU 8 neither say so nor show it, though they serve what is new.
+The config space is the backend's, read once a driver looks, but for two things. We keep the capacity, once
+the image was resized: daemons before QEMU 8 neither say so nor show it, though they serve what is new. And a
+daemon offers SIZE_MAX, a limit of segments, with 0 in it, by which it means none: Linux takes that for one
+page, and cuts each request into such pieces, and what has more of them than SEG_MAX into several.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ CONFIG_BYTES = abi.BLK_CONFIG.offsets["max_secure_erase_sectors"]
 """What every backend has of it; the rest is younger than most of them."""
 _CAPACITY_BYTES = 8
 _WCE = abi.BLK_CONFIG.offsets["wce"]
+_SIZE_MAX = abi.BLK_CONFIG.offsets["size_max"]
 _FEATURES = (
     abi.BLK_F_SIZE_MAX,
     abi.BLK_F_SEG_MAX,
@@ -77,6 +80,8 @@ class VhostUserBlk(VhostUserDevice):
                 # a daemon before QEMU 8 says "no cache" and has one: the guest would not flush it
                 self.frontend.set_config(_WCE, bytes([self._write_cache]))
             self._read_config()
+            if not any(self.config[_SIZE_MAX : _SIZE_MAX + 4]):
+                self.features &= ~(1 << abi.BLK_F_SIZE_MAX)
 
     def write_config(self, offset: int, data: bytes) -> None:
         """The write cache is all that a driver may set (§5.2.5)."""
