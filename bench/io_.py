@@ -8,14 +8,14 @@
 
 One kernel, one agent, one root: only the monitor differs, and by vhost-user the disk's daemon is the same
 too. The machines of a pair are up together and take turns, window by window (``_io_machine.py``), each round
-in the other order: what slows the host slows both. ``BENCH_RUNS`` rounds (5), ``BENCH_SECONDS`` a window (3).
-Where KVM does not run Linux this runs in the testbed.
+in the other order: what slows the host slows both. ``BENCH_RUNS`` rounds (5) after one that does not count,
+``BENCH_SECONDS`` a window (3). Where KVM does not run Linux this runs in the testbed.
 
 Ratios are hostel by QEMU, of the medians: above 1 is better for throughput, below 1 for round-trip times.
 ``spread`` has the least and the greatest of the rounds' own ratios. ``counts`` says what a transfer cost,
-medians too: VM exits, interrupts injected and exits to user space
-a MB (the kernel's own counters, for both), exits that reached Python a MB, and CPU seconds of the whole
-host, guest and both ends of the transfer included, a GB.
+medians too: VM exits, interrupts injected and exits to user space a MB (the kernel's own counters, for both),
+exits that reached Python a MB, and CPU seconds of the whole host a GB, guest and both ends of the transfer
+included.
 
     ./dev bench io [ROW…] [PART…] [WINDOW…]     some rows; of the parts network, disk, files, vsock; or
                                                 single measurements: tcp_out, disk_randread_4k_qd32 …
@@ -107,7 +107,8 @@ class Peer:
         self._process.stdin.write(window + "\n")
         self._process.stdin.flush()
         result: dict[str, dict[str, float]] = json.loads(self._line())
-        told = ", ".join(f"{what} {value:.4g}" for what, value in result["samples"].items())
+        figures = result["samples"] | result["counts"]
+        told = ", ".join(f"{what} {value:.4g}" for what, value in figures.items())
         print(f"{self.name}: {told}", file=sys.stderr)
         return result
 
@@ -210,12 +211,14 @@ def measure(names: Sequence[str], windows: Sequence[str], samples: Samples) -> N
         peers = [Peer(name, i, work / name, undo) for i, name in enumerate(names)]
         for peer in peers:
             peer.wait_ready()
-        for number in range(runs):
+        for number in range(runs + 1):
             for window in windows:
                 part = next(part for part, of in WINDOWS.items() if window in of)
                 for peer in peers[:: -1 if number % 2 else 1]:
                     if part in parts_of(peer.name):
-                        samples.add(peer.name, window, peer.measure(window))
+                        result = peer.measure(window)
+                        if number:
+                            samples.add(peer.name, window, result)
 
 
 def main() -> None:
