@@ -1,5 +1,6 @@
-"""The table's rings and registers where somebody else has the rings: the host's kernel (vhost-net), and
-qemu-storage-daemon. Each may give the device up; nothing else may notice, and after a reset it works.
+"""The table's rings and registers where somebody else has the rings: the host's kernel (vhost-net and
+vhost-vsock) or qemu-storage-daemon. Each may give the device up; nothing else may notice, and after a reset
+it works.
 
 What they do with a bad ring is theirs: the kernel's worker leaves the ring and says so, the daemon ends the
 connection, or looks no more. So the cause is not asked for here, only that it is the guest's own.
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from hostel.abi import virtio as abi
 from hostel.errors import GuestError, HelperError
 from hostel.host.inputs import checked_disks
 from hostel.host.storage import Daemon
@@ -28,11 +30,13 @@ from hostel.virtio.net_port import HEADER, TapPort
 from hostel.virtio.net_vhost import VhostPlane
 from hostel.virtio.rng import Rng
 from hostel.virtio.vhost_user_blk import VhostUserBlk
+from hostel.virtio.vsock_vhost import RX, TX, VhostVsock, claim
 from virtio.block_driver import Disk
 from virtio.malice import REGISTERS, RINGS
 from virtio.netns import GUEST_MAC, HOST_MAC, Namespace, frame, make_tap, plug, raw_socket
 from virtio.rig import Driver, Rig, eventually
 from virtio.subjects import BOUND
+from virtio.vsock_guest import CID
 
 SIZE, LOW, HIGH = 32 << 20, 28 << 20, 1 << 32
 GUARDS = ((0, 1 << 20), (26 << 20, 2 << 20), (HIGH, SIZE - LOW))
@@ -66,6 +70,22 @@ def kernel(rig: Rig, folder: Path, stack: ExitStack) -> Served:
     return Served(Net(rig.loop, plane, mac=GUEST_MAC), (0, 1), works)
 
 
+def kernel_sockets(rig: Rig, folder: Path, stack: ExitStack) -> Served:
+    vhost, cid = claim(CID)
+
+    def works(driver: Driver) -> None:
+        """A request to a port where nobody listens is refused."""
+        driver.queues[RX].add([], [4096])
+        driver.kick(RX)
+        driver.queues[TX].add(
+            [abi.VSOCK_HDR.pack(cid, abi.VSOCK_CID_HOST, 1024, 5000, 0, 1, 1, 0, 1 << 16, 0)]
+        )
+        driver.kick(TX)
+        assert abi.VSOCK_HDR.unpack(driver.wait(RX)[0].data)[6] == abi.VSOCK_OP_RST
+
+    return Served(VhostVsock(rig.loop, vhost, cid), (RX, TX), works)
+
+
 def storage(rig: Rig, folder: Path, stack: ExitStack) -> Served:
     image = folder / "disk.raw"
     image.write_bytes(CONTENT)
@@ -82,15 +102,18 @@ def storage(rig: Rig, folder: Path, stack: ExitStack) -> Served:
     return Served(device, (0, 1), works)
 
 
+Make = Callable[[Rig, Path, ExitStack], Served]
+
+
 class Table:
     """A device that is served elsewhere, and a bystander of our own."""
 
-    def __init__(self, make: Callable[[Rig, Path, ExitStack], Served], folder: Path) -> None:
+    def __init__(self, make: Make, transport: str, folder: Path) -> None:
         self.rig = Rig(GuestMemory(SIZE, low_end=LOW, high_start=HIGH))
         self.stack = ExitStack()
         self.served = make(self.rig, folder, self.stack)
-        self.driver = self.rig.on_pci(self.served.device)
-        self.bystander = self.rig.on_pci(Rng(self.rig.loop))
+        self.driver = self.rig.seat(transport, self.served.device)
+        self.bystander = self.rig.seat(transport, Rng(self.rig.loop))
         self.bystander.start(base=24 << 20, heap=1 << 16)
         for start, size in GUARDS:
             self.rig.memory.write(start, b"\xa5" * size)
@@ -127,31 +150,40 @@ HAS_STORAGE = pytest.mark.skipif(
     not shutil.which("qemu-storage-daemon"),
     reason="no qemu-storage-daemon (package qemu-system-common)",
 )
-
-
-@pytest.fixture(
-    params=[
+ELSEWHERE = pytest.mark.parametrize(
+    "make",
+    [
         pytest.param(kernel, marks=pytest.mark.linux_kvm),
+        pytest.param(kernel_sockets, marks=pytest.mark.linux_kvm),
         pytest.param(storage, marks=HAS_STORAGE),
-    ]
+    ],
 )
-def table(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Table]:
-    table = Table(request.param, tmp_path)
+
+
+@contextlib.contextmanager
+def table_of(make: Make, transport: str, folder: Path) -> Iterator[Table]:
+    table = Table(make, transport, folder)
     yield table
     table.close()
 
 
-def test_rings(table: Table) -> None:
-    for case, (_, play) in RINGS.items():
-        for index in table.served.queues:
-            table.driver.start(heap=1 << 20)
-            play(table.driver.queues[index])
-            table.driver.kick(index)
-            table.check(f"{case}, queue {index}")
+@ELSEWHERE
+def test_rings(make: Make, tmp_path: Path) -> None:
+    """The transport has no part in them."""
+    with table_of(make, "pci", tmp_path) as table:
+        for case, (_, play) in RINGS.items():
+            for index in table.served.queues:
+                table.driver.start(heap=1 << 20)
+                play(table.driver.queues[index])
+                table.driver.kick(index)
+                table.check(f"{case}, queue {index}")
 
 
-def test_registers(table: Table) -> None:
-    for case, play in REGISTERS.items():
-        with contextlib.suppress(TimeoutError):
-            play(table.driver)
-        table.check(case)
+@ELSEWHERE
+@pytest.mark.parametrize("transport", ["pci", "mmio"])
+def test_registers(make: Make, transport: str, tmp_path: Path) -> None:
+    with table_of(make, transport, tmp_path) as table:
+        for case, play in REGISTERS.items():
+            with contextlib.suppress(TimeoutError):
+                play(table.driver)
+            table.check(case)
