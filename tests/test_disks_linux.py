@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import hostel
+from cli.hostel_command import HOSTEL
 from host.image_tools import create, needs_qemu_img, qemu_img
 from hostel.errors import HostelError
 from hostel.host import images
@@ -170,3 +172,22 @@ def test_a_full_host_is_an_io_error_and_the_machine_goes_on(engine: str, tmp_pat
             assert vm.exec(["head", "-c", "1", "/dev/vda"], user="root", timeout=60).stdout == b"\0"
     finally:
         subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+@pytest.mark.linux_kvm
+def test_a_daemon_that_ends_is_told_of(tmp_path: Path) -> None:
+    create(tmp_path / "disk.qcow2", "qcow2")
+    command = [HOSTEL, "run", "--engine", "kvm", "--net", "none", "-m", "256M"]
+    command += ["--disk", str(tmp_path / "disk.qcow2"), "--", "sh", "-c", "echo up; read word"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == b"up\n"
+        tasks = Path(f"/proc/{run.pid}/task").glob("*/children")
+        pids = [pid for task in tasks for pid in task.read_text().split()]
+        (daemon,) = [pid for pid in pids if "storage-da" in Path(f"/proc/{pid}/comm").read_text()]
+        os.kill(int(daemon), signal.SIGKILL)
+        said = run.communicate(b"word\n", timeout=60)[1].decode()
+    assert run.returncode == 0
+    assert "hostel: disk 0: the vhost-user backend hung up; what the guest asks of it" in said

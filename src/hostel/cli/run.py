@@ -264,6 +264,14 @@ def _dry_run(spec: MachineSpec, as_json: bool) -> int:
     return 0
 
 
+def _tell_what_failed(machine: Machine) -> None:
+    """What the guest saw as I/O errors, or as requests without an answer; also when its command timed out."""
+    from hostel import disks
+
+    for line in (*disks.full(machine.plan), *machine.statistics().get("faults", ())):
+        say.note(line)
+
+
 class _Run:
     """One run, from the machine's start to its end."""
 
@@ -276,19 +284,16 @@ class _Run:
         self._cwd = self._directory()
 
     def run(self) -> int:
-        from hostel import disks
-
         from .signals import Signals
 
         options = self._options
         signals = Signals(timeout=options.timeout, stop_timeout=options.stop_timeout)
         with signals, contextlib.ExitStack() as stack:
             machine = self._start(stack)
+            stack.callback(_tell_what_failed, machine)
             self._boot(machine)
             status, seconds = self._execute(machine, signals)
             signals.ending()
-            for line in disks.full(machine.plan):
-                say.note(line)
         if status.error:
             say.fail(status.error)
         self._report(machine, status.returncode, seconds)

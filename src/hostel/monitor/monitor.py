@@ -196,7 +196,8 @@ class Monitor:
         self._end(Ending("crash" if isinstance(error, GuestError) else "error", str(error)))
 
     def device_failed(self, device: Named, error: HostelError) -> None:
-        self.faults = [*self.faults[1 - MAX_FAULTS :], f"{device.name}: {error}"]
+        words = str(error).removeprefix(f"{device.name}: ")
+        self.faults = [*self.faults[1 - MAX_FAULTS :], f"{device.name}: {words}"]
 
     def _halted_in_panic(self) -> None:
         self._end(Ending("panic", self._panic.message))

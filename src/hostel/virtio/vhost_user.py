@@ -341,7 +341,12 @@ class VhostUserDevice(VirtioDevice):
         with self._lock:
             if self._alive:
                 self._disconnect()
-                self.fail(HelperError(f"{self.name}: the vhost-user backend hung up"))
+                self.fail(
+                    HelperError(
+                        f"{self.name}: the vhost-user backend hung up",
+                        cost="what the guest asks of it stays without an answer",
+                    )
+                )
 
     def _disconnect(self) -> None:
         if self._alive:
