@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -238,6 +239,30 @@ def test_a_bridge_keeps_its_mac(host: Namespace, tmp_path: Path) -> None:
     for _ in range(3):
         with machine(tmp_path, Nic(mode="bridge", target="br7")):
             assert port in host.run("ip -o link show br7")
+
+
+# -- what a machine gets whose user named no network --------------------------------------------
+
+CHOOSE = "from hostel.host.reach import default_nic; print(default_nic()[1])"
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize(
+    ("hindrance", "words"),
+    [
+        ("", "root, tun and nftables are there"),
+        (
+            "mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys;",
+            "may not be written",
+        ),
+        ("mount -t tmpfs none /dev/net;", "no nat: /dev/net/tun"),
+        ("mount --bind /dev/null $(readlink -f $(which nft));", "no nat: nft is not installed"),
+    ],
+)
+def test_the_network_of_a_host_that_lacks_something(hindrance: str, words: str) -> None:
+    script = f'{hindrance} exec "$0" -c "$1"'
+    command = ["unshare", "-m", "sh", "-c", script, sys.executable, CHOOSE]
+    assert words in subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 # -- killed where it hurts ----------------------------------------------------------------------

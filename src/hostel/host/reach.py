@@ -32,13 +32,16 @@ def default_nic() -> tuple[Nic | None, str]:
 def _nat_missing() -> str:
     """What a network of hostel's own lacks here; empty for nothing."""
     if os.geteuid() != 0 or not _may_administer():
-        return "it needs root"
+        return "it needs root, and CAP_NET_ADMIN"
     try:
         for program in kernel.PACKAGES:
             kernel.find(program)
     except MissingTool as error:
         return error.message
-    return tun_missing()
+    if missing := tun_missing():
+        return missing
+    writable = os.access(kernel.SYSCTL + "ipv4/ip_forward", os.W_OK)
+    return "" if writable else f"{kernel.SYSCTL} may not be written"  # as in most containers
 
 
 def _has_default_route() -> bool:
