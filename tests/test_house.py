@@ -258,7 +258,8 @@ def test_what_a_guests_kernel_waits_for() -> None:
     """Until it runs, Python imports little: what else the machine needs comes while it does."""
     later = ["asyncio", "difflib", "email", "lzma", "shutil", "socket", "subprocess", "traceback"]
     later += ["gettext", "inspect", "locale", "platform", "textwrap", "urllib.parse"]
-    later += ["typing_extensions", "msgspec.inspect"]
+    later += ["typing_extensions", "msgspec.inspect", "msgspec.json", "uuid", "decimal", "datetime"]
+    later += ["click", "fnmatch", "ntpath", "hostel.cli.clicked"]
     later += ["hostel.devices", "hostel.guest", "hostel.qemu", "hostel.virtio", "hostel.soft"]
     later += ["hostel.abi.kvm_later", "hostel.abi.multiboot", "hostel.abi.pvh"]
     first = [
@@ -274,7 +275,7 @@ def test_what_a_guests_kernel_waits_for() -> None:
     first += ["monitor", "monitor.board"]
     names = ", ".join(f"hostel.{name}" for name in first)
     program = (
-        "import sys, hostel.cli.lean; hostel.cli.lean.import_packages()\n"
+        "import sys, hostel.cli.lean; hostel.cli.lean.import_packages('msgspec', 'pathlib')\n"
         f"import {names}; print(*[name for name in {later} if name in sys.modules])"
     )
     output = subprocess.run(

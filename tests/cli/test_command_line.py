@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cli.hostel_command import HOSTEL, Hostel
-from hostel.cli import entry
+from hostel.cli import clicked, entry
 from hostel.version import VERSION
 
 
@@ -34,7 +34,12 @@ def test_version_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("moment", "code"), [("click", -signal.SIGINT), ("hostel.cli.doctor", 128 + signal.SIGINT)]
+    ("moment", "code"),
+    [
+        ("msgspec", -signal.SIGINT),
+        ("click", 128 + signal.SIGINT),
+        ("hostel.cli.doctor", 128 + signal.SIGINT),
+    ],
 )
 def test_interrupt_during_an_import(moment: str, code: int) -> None:
     """Ctrl-C at the moment when a module is looked for."""
@@ -83,10 +88,10 @@ def test_python_m_hostel() -> None:
 def test_help_is_on_standard_output(hostel: Hostel, arguments: list[str]) -> None:
     result = hostel(*arguments)
     assert (result.returncode, result.stderr) == (0, b"")
-    assert all(verb.encode() in result.stdout for verb in entry.VERBS)
+    assert all(verb.encode() in result.stdout for verb in clicked.VERBS)
 
 
-@pytest.mark.parametrize("verb", list(entry.VERBS))
+@pytest.mark.parametrize("verb", list(clicked.VERBS))
 def test_every_verb_has_help(hostel: Hostel, verb: str) -> None:
     result = hostel(verb, "--help")
     assert (result.returncode, result.stderr) == (0, b"")

@@ -13,10 +13,17 @@ import pytest
 
 from hostel.cli.lean import Later, import_packages
 
+PACKAGES = ("msgspec", "pathlib", "click")
+LEAN = f"""
+from hostel.cli.lean import import_packages
+def lean():
+    import_packages{PACKAGES}
+"""
+
 
 def python(program: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", f"from hostel.cli.lean import import_packages as lean\n{program}"],
+        [sys.executable, "-c", LEAN + program],
         capture_output=True,
         text=True,
         check=False,
@@ -36,10 +43,20 @@ def test_a_stand_in_is_the_module_when_it_is_used() -> None:
 
 
 def test_nobody_else_sees_one() -> None:
-    names = "inspect", "textwrap", "platform", "gettext", "urllib.parse"
+    names = (
+        "inspect",
+        "textwrap",
+        "platform",
+        "gettext",
+        "urllib.parse",
+        "uuid",
+        "decimal",
+        "ntpath",
+    )
+    names += "fnmatch", "msgspec.json", "msgspec.toml", "datetime"
     program = f"lean()\nimport sys, {', '.join(names)}\n"
     program += f"print(*[type(sys.modules[name]).__name__ for name in {names}])"
-    assert python(program).split() == ["module"] * 5
+    assert python(program).split() == ["module"] * len(names)
 
 
 def test_what_may_not_be_there_is_seen_by_the_next_one_who_asks() -> None:
@@ -57,7 +74,7 @@ print(typing_extensions.__file__ is not None, msgspec.inspect.type_info(Box).fie
 
 
 def test_modules_that_are_there_stay() -> None:
-    import_packages()
+    import_packages(*PACKAGES)
     assert sys.modules["inspect"] is inspect
     assert sys.modules["platform"] is platform
 
@@ -79,8 +96,23 @@ try:
 except click.NoSuchOption as error:
     print(error.format_message())
 print(msgspec.json.schema(dict[str, int])["type"], uuid.uuid4().version, msgspec.json.decode(b"[1]"))
-print(pathlib.Path("/a b").as_uri())
+print(pathlib.Path("/a b").as_uri(), pathlib.PurePath("a.py").match("*.PY"), pathlib.PureWindowsPath("C:/a"))
+import datetime
+print(msgspec.json.decode(b'"2026-01-02"', type=datetime.date), msgspec.toml.decode(b"a = 1"))
 """
     plain = python(program.replace("lean()\n", ""))
     assert "One line." in plain
     assert python(program) == plain
+
+
+def test_the_two_types_that_msgspec_does_not_know_then() -> None:
+    program = """
+lean()
+import decimal, msgspec, uuid
+for value in (decimal.Decimal(1), uuid.UUID(int=1)):
+    try:
+        msgspec.json.encode(value)
+    except TypeError as error:
+        print("strange")
+"""
+    assert python(program).split() == ["strange"] * 2

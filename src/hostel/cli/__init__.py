@@ -28,7 +28,7 @@ def main() -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from .lean import import_packages
 
-    import_packages()
+    import_packages("msgspec", "pathlib")
     from .entry import command_line
 
     return command_line(sys.argv[1:])

@@ -15,19 +15,18 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal, get_args
 
-import click
 import msgspec
 
 from hostel.errors import HostelError, UserError
 from hostel.plan import Ending, Engine
-from hostel.spec import DEFAULT_MEMORY, MachineSpec, Root, Soft, decode
+from hostel.spec import DEFAULT_MEMORY, MachineSpec, Paging, Root, Soft, Trap, decode
 
 from . import network, terminal
 from . import options as opt
 from .entry import OK, TIMED_OUT, EndedBySignal, hear_one_interrupt
-from .options import option
+from .line import Line, Verb, option
 from .say import say
 
 ESCAPE = b"\x1d"
@@ -38,65 +37,69 @@ _SOFT = ("paging", "trap", "trace", "record")
 _OF_A_REPLAY = ("replay", "trace", "engine", "timeout", "quiet", "verbose", "debug")
 
 
-@click.command("boot", cls=opt.Command)
-@network.options
-@opt.machine
-@option(
-    "Machine",
-    "--paging",
-    type=click.Choice(["ept", "shadow"]),
-    help="Engine soft: how it virtualizes memory. [default: ept]",
+OPTIONS = (
+    *network.options(),
+    *opt.MACHINE,
+    option(
+        "Machine",
+        "--paging",
+        choices=get_args(Paging),
+        help="Engine soft: how it virtualizes memory. [default: ept]",
+    ),
+    option(
+        "Machine",
+        "--trap",
+        choices=get_args(Trap),
+        help="Engine soft: how sensitive instructions come to it. [default: translate]",
+    ),
+    option(
+        "Machine",
+        "--trace",
+        metavar="FILE",
+        completes="path",
+        help="Engine soft: write a line for each VM exit, with its instruction count.",
+    ),
+    option(
+        "Machine",
+        "--record",
+        metavar="FILE",
+        completes="path",
+        help="Engine soft: write all that comes to the guest from outside, to be replayed.",
+    ),
+    option(
+        "Machine",
+        "--replay",
+        metavar="FILE",
+        completes="path",
+        help="Run a recorded machine again, instruction by instruction, and check that it is the same.",
+    ),
+    option(
+        "Machine",
+        "--timeout",
+        type=opt.duration,
+        metavar="TIME",
+        help="End the machine after so long; the exit code is then 124.",
+    ),
+    *opt.OUTPUT,
 )
-@option(
-    "Machine",
-    "--trap",
-    type=click.Choice(["translate", "intercept"]),
-    help="Engine soft: how sensitive instructions come to it. [default: translate]",
-)
-@option(
-    "Machine",
-    "--trace",
-    metavar="FILE",
-    shell_complete=opt.complete_path,
-    help="Engine soft: write a line for each VM exit, with its instruction count.",
-)
-@option(
-    "Machine",
-    "--record",
-    metavar="FILE",
-    shell_complete=opt.complete_path,
-    help="Engine soft: write all that comes to the guest from outside, to be replayed.",
-)
-@option(
-    "Machine",
-    "--replay",
-    metavar="FILE",
-    shell_complete=opt.complete_path,
-    help="Run a recorded machine again, instruction by instruction, and check that it is the same.",
-)
-@option(
-    "Machine",
-    "--timeout",
-    type=opt.duration,
-    metavar="TIME",
-    help="End the machine after so long; the exit code is then 124.",
-)
-@opt.output
-def command(timeout: float | None, **given: Any) -> int:
+
+
+def boot(line: Line) -> int:
     """Boot any kernel on its raw serial console: bzImage, ELF (64-bit boot protocol or PVH),
     multiboot 1, a boot sector. Ctrl-] ends the machine.
 
     Exit code: 0 if the guest powers itself off, its own if it writes to the debug exit port, 125 if
     it panics or crashes.
     """
-    if given["replay"]:
-        return _replay(given["replay"], given["trace"] or "", timeout)
+    given = dict(line.values)
+    timeout, replay = given.pop("timeout"), given.pop("replay")
+    if replay:
+        return _replay(replay, line, timeout)
     given["memory"] = DEFAULT_MEMORY if given["memory"] is None else given["memory"]
     given["pin"] = given["pin"] or ()
     net, plane, allow = (given.pop(name) for name in ("net", "net_plane", "allow"))
     given["nics"] = network.nics(net, plane, allow, lambda: None)
     given["publish"] = network.ports(given["publish"])
-    del given["replay"]
     soft = {name: value for name in _SOFT if (value := given.pop(name))}
     given["soft"] = Soft(**soft) if soft else None
     spec = MachineSpec(**given, root=Root(kind="none"))
@@ -106,15 +109,20 @@ def command(timeout: float | None, **given: Any) -> int:
         return _Session(engine).run(timeout)
 
 
-def _replay(path: str, trace: str, timeout: float | None) -> int:
+VERB = Verb("boot", boot, OPTIONS)
+
+
+def _replay(path: str, line: Line, timeout: float | None) -> int:
     """The machine is the log's own; nothing but that can be asked of it."""
     from pathlib import Path
 
     from hostel.soft.record import log
 
-    _check_alone(click.get_current_context())
+    _check_alone(line)
     spec = decode(log.read(Path(path)).spec, format="json")
-    how = msgspec.structs.replace(spec.soft or Soft(), replay=path, trace=trace)
+    how = msgspec.structs.replace(
+        spec.soft or Soft(), replay=path, trace=line.values["trace"] or ""
+    )
     with _started(spec.replace(soft=how)) as engine:
         session = _Session(engine)
         code = session.run(timeout)
@@ -123,16 +131,16 @@ def _replay(path: str, trace: str, timeout: float | None) -> int:
     return code
 
 
-def _check_alone(context: click.Context) -> None:
+def _check_alone(line: Line) -> None:
     """That nothing is said of the machine."""
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-        fits = name in _OF_A_REPLAY and (name != "engine" or context.params[name] == "soft")
-        if given and not fits:
+    for one in OPTIONS:
+        fits = one.name in _OF_A_REPLAY and (
+            one.name != "engine" or line.values["engine"] == "soft"
+        )
+        if one.name in line.named and not fits:
             raise UserError(
                 "a replay is of the machine that its log describes",
-                cure=f"give --replay without {parameter.opts[-1]}",
+                cure=f"give --replay without {one.names[-1]}",
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .options import Command, output
+from .clicked import Command, output
 
 
 @click.command("completion", cls=Command)
@@ -20,7 +20,7 @@ def command(shell: str) -> int:
     """
     from click.shell_completion import ShellComplete, get_completion_class
 
-    from .entry import hostel
+    from .clicked import hostel
 
     kind = get_completion_class(shell)
     assert kind is not None

@@ -11,7 +11,7 @@ import msgspec
 from hostel.host.doctor import Finding, Report, examine
 from hostel.version import VERSION
 
-from .options import Command, option, output
+from .clicked import Command, option, output
 from .say import BOLD, GREEN, RED, YELLOW, paint
 
 WIDTH = 80

@@ -14,38 +14,26 @@ Every failure becomes one line on standard error here, and nowhere else.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 
-import click
-
 from hostel.errors import HostelError, MachineTimeout
-from hostel.version import VERSION
 
-from .options import Group, meant, show_help
+from .lean import import_packages
 from .say import say
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 _COMPLETE = "_HOSTEL_COMPLETE"
 
+_START_MACHINES = ("run", "boot")
+
 OK = 0
 TIMED_OUT = 124
 FAILED = 125
-
-VERBS = {
-    "run": "Run a command in a fresh virtual machine.",
-    "boot": "Boot any kernel on its raw serial console.",
-    "kernel": "List and fetch guest kernels.",
-    "vsock": "Connect to a vsock port of a running machine.",
-    "lab": "Watch a mechanism of virtualization at work.",
-    "doctor": "Say what this host offers and what it lacks.",
-    "completion": "Print a script that completes hostel's commands in a shell.",
-}
 
 
 class EndedBySignal(BaseException):
@@ -54,49 +42,6 @@ class EndedBySignal(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
-
-
-class Verbs(Group):
-    """Knows its verbs by name, and imports one when it is called."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in VERBS:
-            return None
-        from importlib import import_module
-
-        module = import_module(f".{cmd_name}", __package__)
-        command: click.Command = module.command
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Verbs"):
-            formatter.write_dl(list(VERBS.items()))
-
-
-@click.group(
-    cls=Verbs,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    invoke_without_command=True,
-)
-@click.version_option(VERSION, "-V", "--version", message="hostel %(version)s")
-@click.pass_context
-def hostel(ctx: click.Context) -> None:
-    """Virtual machines as everyday things: run a command in one, boot a kernel, watch it.
-
-    \b
-    hostel run -- uname -a          a command in a machine of its own
-    hostel run                      a shell in one
-    hostel doctor                   what this host can do
-    """
-    show_help(ctx)
-    if ctx.invoked_subcommand in ("kernel", "doctor"):  # those that start machines do it then
-        from hostel.host.runtime import sweep
-
-        with contextlib.suppress(HostelError):
-            sweep()
 
 
 def command_line(argv: Sequence[str]) -> int:
@@ -156,14 +101,12 @@ def _interrupt_once(number: int, _frame: object) -> None:
 
 def _run(argv: list[str]) -> int:
     if _COMPLETE in os.environ:
-        hostel.main(argv, prog_name="hostel", complete_var=_COMPLETE)
+        from . import clicked
+
+        clicked.complete(argv, _COMPLETE)
     try:
         _signals(signal.SIG_DFL, _interrupt)
-        # Not hostel.main(): it has exit codes of its own for Ctrl-C and for a closed pipe.
-        with hostel.make_context("hostel", argv) as context:
-            return int(hostel.invoke(context) or OK)
-    except click.exceptions.Exit as done:
-        return done.exit_code
+        return _call(argv)
     except EndedBySignal as error:
         return 128 + error.number
     except KeyboardInterrupt:
@@ -172,14 +115,28 @@ def _run(argv: list[str]) -> int:
         return _failure(error)
 
 
+def _call(argv: list[str]) -> int:
+    """The short way, or click's (``line.py``)."""
+    if argv and argv[0] in _START_MACHINES:
+        from importlib import import_module
+
+        from .line import Verb, read
+
+        verb: Verb = import_module(f".{argv[0]}", __package__).VERB
+        if (line := read(verb, argv[1:])) is not None:
+            return verb.call(line)
+    import_packages("click")
+    from . import clicked
+
+    return clicked.call(argv)
+
+
 def _failure(error: Exception) -> int:
     if isinstance(error, BrokenPipeError):
         return _broken_pipe()
     if isinstance(error, OSError) and error.errno in _FULL:
         return _cannot_write(error)
-    if isinstance(error, click.ClickException):
-        say.fail(_usage(error))
-    elif isinstance(error, HostelError):
+    if isinstance(error, HostelError):
         say.error(error)
     else:
         say.fail(f"a bug in hostel: {type(error).__name__}: {error}; --debug shows where")
@@ -188,24 +145,6 @@ def _failure(error: Exception) -> int:
 
         traceback.print_exception(error)
     return TIMED_OUT if isinstance(error, MachineTimeout) else FAILED
-
-
-def _usage(error: click.ClickException) -> str:
-    """click's words as one line of ours, with the command that helps."""
-    message = error.format_message().rstrip(".")
-    if isinstance(error, click.NoSuchOption):
-        message = f"no option {error.option_name}{meant(_near(error))}"
-    context = getattr(error, "ctx", None)
-    path = context.command_path if context else "hostel"
-    return f"{message[:1].lower()}{message[1:]}; see `{path} --help`"
-
-
-def _near(error: click.NoSuchOption) -> list[str]:
-    """click's own measure also counts the dashes, and takes --verbose for near --bogus."""
-    from difflib import get_close_matches
-
-    names = {name.lstrip("-"): name for name in error.possibilities or ()}
-    return [names[name] for name in get_close_matches(error.option_name.lstrip("-"), names, 1, 0.7)]
 
 
 def _cannot_write(error: OSError) -> int:

@@ -9,7 +9,7 @@ import click
 
 from hostel.host import kernels
 
-from .options import Command, Group, option, output, show_help
+from .clicked import Command, Group, option, output, show_help
 from .say import DIM, paint, say
 
 

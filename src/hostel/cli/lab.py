@@ -9,7 +9,7 @@ import click
 
 from hostel import lab
 
-from .options import Command, Group, apply, option, output, show_help
+from .clicked import Command, Group, apply, option, output, show_help
 from .say import say
 
 

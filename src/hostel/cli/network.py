@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
-import click
 import msgspec
 
 from hostel.errors import SpecError, UserError
 from hostel.spec import Limits, NetMode, NetPlane, Nic, Publish, Rate, parse_size
 
-from .options import apply, meant, option
-
-F = TypeVar("F", bound=Callable[..., Any])
+from .line import Option, option
+from .options import meant
 
 NONE = "none"
 MODES = (*get_args(NetMode), NONE)
@@ -130,42 +128,37 @@ def _range(match: re.Match[str], name: str) -> range:
     return range(first, int(match[f"{name}_end"] or first) + 1)
 
 
-def options(function: F, *, default: str = "") -> F:
+def options(default: str = NONE) -> tuple[Option, ...]:
     """``--net``, ``--net-plane``, ``-p``, ``--allow``. ``default``: what there is without ``--net``."""
-    section = "Network"
-    return apply(
-        function,
+    return (
         option(
-            section,
+            "Network",
             "--net",
             "--network",
-            "net",
             type=nic,
             multiple=True,
             metavar="MODE[=TARGET][,KEY=VALUE…]",
-            help=f"A network: {', '.join(MODES)}. Keys: {', '.join(_KEYS)}."
-            f" [default: {default or NONE}]",
+            help=f"A network: {', '.join(MODES)}. Keys: {', '.join(_KEYS)}. [default: {default}]",
         ),
         option(
-            section,
+            "Network",
             "--net-plane",
-            type=click.Choice(PLANES),
+            choices=PLANES,
             default="auto",
             help="Who moves the packets of a NIC: this process, the host's kernel (vhost), or another "
             "process. [default: the best that the host has]",
         ),
         option(
-            section,
+            "Network",
             "-p",
             "--publish",
-            "publish",
             type=published,
             multiple=True,
             metavar="[IP:]HOST:GUEST[/udp]",
             help="A port of the host, or a range, that leads to the guest's.",
         ),
         option(
-            section,
+            "Network",
             "--allow",
             multiple=True,
             metavar="DEST",

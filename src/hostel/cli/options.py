@@ -7,20 +7,17 @@ A help page shows options in sections. Values are parsed here, once; what is no 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
-
-import click
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, get_args
 
 from hostel.errors import UserError
 from hostel.spec import Cache, Disk, FileServer, Limits, Rate, Volume, parse_size
 
+from .line import option
 from .say import say
 
 if TYPE_CHECKING:
     from hostel.plan import Plan
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 _DURATION = r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?"
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -32,87 +29,9 @@ _VOLUME_WORDS = {"cache": get_args(Cache), "server": get_args(FileServer)}
 _VOLUME_NAMES = ("owner", *_VOLUME_WORDS)
 
 
-class Option(click.Option):
-    """An option that knows its section of the help page."""
-
-    def __init__(self, *args: Any, section: str = "Options", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.section = section
-
-
-class Command(click.Command):
-    """A verb: its options end at the first argument, its help has sections."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.allow_interspersed_args = False
-
-    def make_parser(self, ctx: click.Context) -> Any:
-        """A bare ``--vsock`` has the value that is its default when named, whatever comes next. click
-        would take the next word for its value: a command."""
-        parser: Any = super().make_parser(ctx)
-        match = parser._match_long_opt
-        flags = {
-            name: param.flag_value
-            for param in self.get_params(ctx)
-            if isinstance(param, click.Option) and isinstance(param.flag_value, str)
-            for name in param.opts
-        }
-
-        def match_long(name: str, value: str | None, state: Any) -> None:
-            if not name.startswith(
-                "--"
-            ):  # -m: click looks for what is near before it tries the short ones
-                raise click.NoSuchOption(name, ctx=ctx)
-            match(name, flags.get(name) if value is None else value, state)
-
-        parser._match_long_opt = match_long
-        return parser
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
-            if record is not None and isinstance(param, click.Option):
-                sections.setdefault(getattr(param, "section", "Output"), []).append(record)
-        for title, records in sorted(sections.items(), key=lambda pair: pair[0] == "Output"):
-            with formatter.section(title):
-                formatter.write_dl(records)
-
-
-class Group(click.Group):
-    """Verbs: a wrong one is met with the nearest right one, none with the help page."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"no_args_is_help": False, **kwargs})
-        self.invoke_without_command = True
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        verbs = self.list_commands(ctx)
-        if args[0] not in verbs:
-            from difflib import get_close_matches
-
-            near = get_close_matches(args[0], verbs)
-            raise click.UsageError(f"no verb {args[0]!r}{meant(near)}", ctx)
-        return super().resolve_command(ctx, args)
-
-
 def meant(near: Sequence[str] | None) -> str:
     """``; did you mean …?``, or nothing."""
     return f"; did you mean {near[0]}?" if near else ""
-
-
-def show_help(ctx: click.Context) -> None:
-    """What a group does when it is called without a verb."""
-    if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
-
-
-def option(section: str, *names: str, **attributes: Any) -> Callable[[F], F]:
-    """``click.option`` in a section."""
-    return click.option(*names, cls=Option, section=section, **attributes)
 
 
 def duration(text: str) -> float:
@@ -241,101 +160,95 @@ def hostname(text: str) -> str:
     return text
 
 
-def machine(function: F) -> F:
-    """The options that say what the machine is."""
-    section = "Machine"
-    return apply(
-        function,
-        option(
-            section,
-            "--engine",
-            type=click.Choice(["auto", "kvm", "qemu", "soft"]),
-            default="auto",
-            help="What runs it; auto: kvm if this host's runs Linux at speed, else qemu; never soft.",
-        ),
-        option(section, "--cpus", type=int, default=1, metavar="N", help="vCPUs. [default: 1]"),
-        option(
-            section,
-            "-m",
-            "--memory",
-            type=parse_size,
-            metavar="SIZE",
-            help="Memory, such as 512M or 2G. [default: 512M]",
-        ),
-        option(
-            section,
-            "--kernel",
-            default="",
-            metavar="PATH|RELEASE",
-            shell_complete=complete_kernel,
-            help="Guest kernel. [default: the newest of `hostel kernel ls`]",
-        ),
-        option(
-            section,
-            "--initrd",
-            default="",
-            metavar="PATH",
-            shell_complete=complete_path,
-            help="A further initramfs.",
-        ),
-        option(section, "--append", default="", metavar="TEXT", help="More kernel command line."),
-        disk_option(section),
-        option(
-            section,
-            "--pin",
-            type=cpu_list,
-            metavar="LIST",
-            help="The pCPU of each vCPU, such as 2,3.",
-        ),
-        option(
-            section,
-            "--balloon",
-            is_flag=True,
-            help="Memory that the guest no longer uses goes back to the host.",
-        ),
-        option(
-            section,
-            "--vsock",
-            type=click.Choice(["none", "auto", "vhost", "python"]),
-            default="none",
-            flag_value="auto",
-            is_flag=False,
-            help="Sockets between guest and host, served by the kernel (vhost) or by hostel.",
-        ),
-        option(section, "--hugepages", is_flag=True, help="Memory from the host's hugepages."),
-        option(
-            section,
-            "--transport",
-            type=click.Choice(["pci", "mmio"]),
-            default="pci",
-            help="How virtio devices are attached. [default: pci]",
-        ),
-    )
-
-
-def disk_option(section: str) -> Callable[[F], F]:
-    return option(
-        section,
+MACHINE = (
+    option(
+        "Machine",
+        "--engine",
+        choices=("auto", "kvm", "qemu", "soft"),
+        default="auto",
+        help="What runs it; auto: kvm if this host's runs Linux at speed, else qemu; never soft.",
+    ),
+    option("Machine", "--cpus", type=int, default="1", metavar="N", help="vCPUs. [default: 1]"),
+    option(
+        "Machine",
+        "-m",
+        "--memory",
+        type=parse_size,
+        metavar="SIZE",
+        help="Memory, such as 512M or 2G. [default: 512M]",
+    ),
+    option(
+        "Machine",
+        "--kernel",
+        default="",
+        metavar="PATH|RELEASE",
+        completes="kernel",
+        help="Guest kernel. [default: the newest of `hostel kernel ls`]",
+    ),
+    option(
+        "Machine",
+        "--initrd",
+        default="",
+        metavar="PATH",
+        completes="path",
+        help="A further initramfs.",
+    ),
+    option("Machine", "--append", default="", metavar="TEXT", help="More kernel command line."),
+    option(
+        "Machine",
         "--disk",
-        "disks",
+        name="disks",
         type=disk,
         multiple=True,
         metavar="PATH[:ro][,…]",
-        shell_complete=complete_path,
+        completes="path",
         help="A disk: a raw or qcow2 image, a block device. More words: overlay, format=, cache=, "
         "queues=, serial=, plane=, bps=, iops=, bps-burst=, iops-burst= (docs/disks.md).",
-    )
+    ),
+    option(
+        "Machine",
+        "--pin",
+        type=cpu_list,
+        metavar="LIST",
+        help="The pCPU of each vCPU, such as 2,3.",
+    ),
+    option(
+        "Machine",
+        "--balloon",
+        flag=True,
+        help="Memory that the guest no longer uses goes back to the host.",
+    ),
+    option(
+        "Machine",
+        "--vsock",
+        choices=("none", "auto", "vhost", "python"),
+        default="none",
+        bare="auto",
+        help="Sockets between guest and host, served by the kernel (vhost) or by hostel.",
+    ),
+    option("Machine", "--hugepages", flag=True, help="Memory from the host's hugepages."),
+    option(
+        "Machine",
+        "--transport",
+        choices=("pci", "mmio"),
+        default="pci",
+        help="How virtio devices are attached. [default: pci]",
+    ),
+)
+"""What the machine is."""
 
-
-def output(function: F) -> F:
-    """How much hostel says."""
-    section = "Output"
-    return apply(
-        function,
-        _voice(section, "-q", "--quiet", help="Say nothing but errors."),
-        _voice(section, "--verbose", help="Say what is done."),
-        _voice(section, "--debug", help="Say everything; a bug shows its traceback."),
-    )
+OUTPUT = (
+    option("Output", "-q", "--quiet", flag=True, voice=True, help="Say nothing but errors."),
+    option("Output", "--verbose", flag=True, voice=True, help="Say what is done."),
+    option(
+        "Output",
+        "--debug",
+        flag=True,
+        voice=True,
+        help="Say everything; a bug shows its traceback.",
+    ),
+)
+"""How much hostel says."""
 
 
 def announce(plan: Plan) -> None:
@@ -351,43 +264,6 @@ def announce(plan: Plan) -> None:
         say.detail(f"network: {interface.summary}")
     say.detail(f"kernel {plan.kernel}")
     say.detail(f"command line: {plan.cmdline}")
-
-
-def _voice(section: str, *names: str, help: str) -> Callable[[F], F]:
-    def set_voice(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-        setattr(say, param.name or "", value)
-
-    return option(
-        section,
-        *names,
-        is_flag=True,
-        is_eager=True,
-        expose_value=False,
-        callback=set_voice,
-        help=help,
-    )
-
-
-def apply(function: F, *options: Callable[[F], F]) -> F:
-    """Decorators are applied from the last to the first, so that help shows them in this order."""
-    for one in reversed(options):
-        function = one(function)
-    return function
-
-
-def complete_path(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
-    """The shell completes file names itself, when told to."""
-    from click.shell_completion import CompletionItem
-
-    return [CompletionItem(incomplete, type="file")]
-
-
-def complete_kernel(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
-    from hostel.host import kernels
-
-    if "/" in incomplete:
-        return complete_path(ctx, param, incomplete)
-    return [k.release for k in kernels.survey() if k.release.startswith(incomplete)]
 
 
 def environment(

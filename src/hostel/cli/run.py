@@ -16,10 +16,8 @@ import os
 import stat
 import time
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-import click
 import msgspec
 
 from hostel.errors import HostError, MachineTimeout, UserError
@@ -28,7 +26,7 @@ from hostel.spec import DEFAULT_MEMORY, Disk, MachineSpec, Nic, Publish, Root, V
 from . import network, terminal
 from . import options as opt
 from .entry import EndedBySignal
-from .options import option
+from .line import Line, Verb, option
 from .say import say
 
 if TYPE_CHECKING:
@@ -40,6 +38,7 @@ if TYPE_CHECKING:
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 STOP_TIMEOUT = "10"
+HELP = "see `hostel run --help`"
 SHOW_BOOT = "loglevel=7"
 """Undoes the ``quiet`` of a machine that nobody watches: the last word counts."""
 
@@ -84,126 +83,129 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     rm: bool
 
 
-@click.command("run", cls=opt.Command)
-@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[--] [CMD [ARG…]]")
-@option(
-    "Command",
-    "-e",
-    "--env",
-    multiple=True,
-    metavar="NAME[=VALUE]",
-    help="Set a variable; a bare NAME copies the host's.",
+OPTIONS = (
+    option(
+        "Command",
+        "-e",
+        "--env",
+        multiple=True,
+        metavar="NAME[=VALUE]",
+        help="Set a variable; a bare NAME copies the host's.",
+    ),
+    option("Command", "--env-file", multiple=True, metavar="FILE", help="Variables, one a line."),
+    option(
+        "Command",
+        "-w",
+        "--workdir",
+        default="",
+        metavar="DIR",
+        help="Where CMD starts. [default: this directory if the root is the host's, else /]",
+    ),
+    option(
+        "Command",
+        "-u",
+        "--user",
+        default="",
+        metavar="USER[:GROUP]",
+        help="Who runs CMD: names or numbers. [default: you]",
+    ),
+    option(
+        "Command",
+        "-t",
+        "--tty",
+        flag=True,
+        off=("-T", "--no-tty"),
+        default=None,
+        help="A terminal for CMD; Ctrl-C three times within a second ends the machine. [default: if "
+        "input and output are terminals]",
+    ),
+    option(
+        "Command",
+        "-i",
+        "--interactive",
+        name="stdin",
+        flag=True,
+        off=("--no-stdin",),
+        default=True,
+        help="Pass standard input on. [default: yes]",
+    ),
+    option(
+        "Command",
+        "--timeout",
+        type=opt.duration,
+        metavar="TIME",
+        help="End CMD after so long, such as 90, 1.5 or 2m; the exit code is then 124.",
+    ),
+    option(
+        "Command",
+        "--stop-timeout",
+        type=opt.duration,
+        default=STOP_TIMEOUT,
+        metavar="TIME",
+        help="How long CMD may take to end when told to. [default: 10]",
+    ),
+    option(
+        "Files",
+        "--root",
+        default="host",
+        metavar="host|PATH[,server=…]",
+        completes="path",
+        help="The root: this host's, a directory or a disk image, under a layer of its own.",
+    ),
+    option(
+        "Files",
+        "-v",
+        "--volume",
+        name="volumes",
+        type=opt.volume,
+        multiple=True,
+        metavar="HOST:GUEST[:ro][,…]",
+        help="A file or directory of the host, shared. More words: cache=, owner=UID:GID, server= "
+        "(docs/files.md).",
+    ),
+    option(
+        "Files", "--tmpfs", multiple=True, metavar="DIR", help="An empty file system in memory."
+    ),
+    option("Files", "--read-only", flag=True, help="The root cannot be written."),
+    *network.options(default="nat; without root, user"),
+    *opt.MACHINE,
+    option("Machine", "--name", default="", metavar="NAME", help="The machine's name."),
+    option("Machine", "-H", "--hostname", type=opt.hostname, metavar="NAME", help="Its host name."),
+    option("Machine", "--rm", flag=True, help="Remove it at its end: what always happens."),
+    option("Output", "--console", flag=True, help="Show the guest's console, on standard error."),
+    option(
+        "Output",
+        "--json",
+        name="as_json",
+        flag=True,
+        help="What was run and how long it took, as the last line of standard error.",
+    ),
+    option("Output", "--dry-run", flag=True, help="Show what would be started."),
+    *opt.OUTPUT,
 )
-@option("Command", "--env-file", multiple=True, metavar="FILE", help="Variables, one a line.")
-@option(
-    "Command",
-    "-w",
-    "--workdir",
-    default="",
-    metavar="DIR",
-    help="Where CMD starts. [default: this directory if the root is the host's, else /]",
-)
-@option(
-    "Command",
-    "-u",
-    "--user",
-    default="",
-    metavar="USER[:GROUP]",
-    help="Who runs CMD: names or numbers. [default: you]",
-)
-@option(
-    "Command",
-    "-t/-T",
-    "--tty/--no-tty",
-    "tty",
-    default=None,
-    help="A terminal for CMD; Ctrl-C three times within a second ends the machine. [default: if input "
-    "and output are terminals]",
-)
-@option(
-    "Command",
-    "-i",
-    "--interactive/--no-stdin",
-    "stdin",
-    default=True,
-    help="Pass standard input on. [default: yes]",
-)
-@option(
-    "Command",
-    "--timeout",
-    type=opt.duration,
-    metavar="TIME",
-    help="End CMD after so long, such as 90, 1.5 or 2m; the exit code is then 124.",
-)
-@option(
-    "Command",
-    "--stop-timeout",
-    type=opt.duration,
-    default=STOP_TIMEOUT,
-    metavar="TIME",
-    help="How long CMD may take to end when told to. [default: 10]",
-)
-@option(
-    "Files",
-    "--root",
-    default="host",
-    metavar="host|PATH[,server=…]",
-    shell_complete=opt.complete_path,
-    help="The root: this host's, a directory or a disk image, under a layer of its own.",
-)
-@option(
-    "Files",
-    "-v",
-    "--volume",
-    "volumes",
-    type=opt.volume,
-    multiple=True,
-    metavar="HOST:GUEST[:ro][,…]",
-    help="A file or directory of the host, shared. More words: cache=, owner=UID:GID, server= "
-    "(docs/files.md).",
-)
-@option("Files", "--tmpfs", multiple=True, metavar="DIR", help="An empty file system in memory.")
-@option("Files", "--read-only", is_flag=True, help="The root cannot be written.")
-@partial(network.options, default="nat; without root, user")
-@opt.machine
-@option("Machine", "--name", default="", metavar="NAME", help="The machine's name.")
-@option(
-    "Machine",
-    "-H",
-    "--hostname",
-    type=opt.hostname,
-    metavar="NAME",
-    help="Its host name.",
-)
-@option("Machine", "--rm", is_flag=True, help="Remove it at its end: what always happens.")
-@option("Output", "--console", is_flag=True, help="Show the guest's console, on standard error.")
-@option(
-    "Output",
-    "--json",
-    "as_json",
-    is_flag=True,
-    help="What was run and how long it took, as the last line of standard error.",
-)
-@option("Output", "--dry-run", is_flag=True, help="Show what would be started.")
-@opt.output
-def command(**given: Any) -> int:
+
+
+def run(line: Line) -> int:
     """Run CMD in a fresh virtual machine and exit with its exit code.
 
     The machine's root is a view of this host's: what CMD writes is gone at the end. CMD runs as you, in
     this directory. Without CMD, on a terminal: a shell.
     """
-    options = Options(**given)
+    options = Options(**line.values)
     spec = machine_spec(options)
     if options.dry_run:
         return _dry_run(spec, options.as_json)
     return _Run(options, spec).run()
 
 
+VERB = Verb("run", run, OPTIONS, command="[--] [CMD [ARG…]]")
+
+
 def machine_spec(options: Options) -> MachineSpec:
     """The machine of the command line."""
     return MachineSpec(
         name=options.name,
-        engine=options.engine,  # type: ignore[arg-type]  # click has checked the choice
+        engine=options.engine,  # type: ignore[arg-type]  # the choice has been checked
         cpus=options.cpus,
         pin=options.pin or (),
         memory=DEFAULT_MEMORY if options.memory is None else options.memory,
@@ -257,10 +259,10 @@ def _dry_run(spec: MachineSpec, as_json: bool) -> int:
     if as_json:
         import json
 
-        click.echo(json.dumps(rows))
+        print(json.dumps(rows))
     else:
         for name, value in rows.items():
-            click.echo(f"{name:<9} {'; '.join(value) if isinstance(value, list) else value}")
+            print(f"{name:<9} {'; '.join(value) if isinstance(value, list) else value}")
     return 0
 
 
@@ -371,12 +373,10 @@ class _Run:
     def _command(self) -> list[str]:
         if self._options.command:
             if not self._options.command[0]:
-                raise click.UsageError("an empty command", click.get_current_context())
+                raise UserError("an empty command", cure=HELP)
             return list(self._options.command)
         if not (self._tty and terminal.interactive()):
-            raise click.UsageError(
-                "no command, and no terminal for a shell", click.get_current_context()
-            )
+            raise UserError("no command, and no terminal for a shell", cure=HELP)
         from hostel.host.user import caller
 
         return [caller().shell if self._host_root else "/bin/sh"]

@@ -19,8 +19,8 @@ import click
 
 from hostel.errors import UserError
 
-from . import options as opt
 from . import terminal
+from .clicked import Command, output
 from .entry import OK
 
 CHUNK = 1 << 16
@@ -29,10 +29,10 @@ ENDED_SECONDS = 0.5
 vsock does not report it."""
 
 
-@click.command("vsock", cls=opt.Command)
+@click.command("vsock", cls=Command)
 @click.argument("name")
 @click.argument("port", type=int)
-@opt.output
+@output
 def command(name: str, port: int) -> int:
     """Connect standard input and output to PORT of the machine NAME, which runs with --vsock.
 

@@ -35,8 +35,8 @@ def verdict() -> Verdict:
         file = runtime.base() / ".kvm"
     except HostelError:  # who starts a machine there will say so
         return _tried(key)[0]
-    with contextlib.suppress(OSError, msgspec.MsgspecError):
-        known = msgspec.json.decode(file.read_bytes(), type=Verdict)
+    with contextlib.suppress(OSError, ValueError):
+        known = _recall(file)
         if key and known.key == key:
             return known
     found, certain = _tried(key)
@@ -62,7 +62,16 @@ def _key() -> str:
     return f"{boot} {node.st_ino} {node.st_ctime_ns} {may_open}"
 
 
+def _recall(file: Path) -> Verdict:
+    """Lines: a decoder of JSON is more to import than there is to read."""
+    key, usable, max_vcpus, reason, end = file.read_text().split("\n")
+    if end:
+        raise ValueError(end)
+    return Verdict(usable == "usable", reason, int(max_vcpus), key)
+
+
 def _remember(file: Path, found: Verdict) -> None:
     """A torn file is none: it is tried again next time."""
+    usable = "usable" if found.usable else "unusable"
     with contextlib.suppress(OSError):
-        file.write_bytes(msgspec.json.encode(found))
+        file.write_text(f"{found.key}\n{usable}\n{found.max_vcpus}\n{found.reason}\n")
