@@ -8,7 +8,6 @@ these types are strange to it in this process, and hostel has none.
 
 from __future__ import annotations
 
-import _datetime
 import os
 import sys
 from importlib import import_module
@@ -75,7 +74,7 @@ def _stand_ins() -> dict[str, dict[str, ModuleType | None]]:
         package: {one.__name__: one for one in ones} for package, ones in packages.items()
     }
     # What Python's own datetime is made of: the rest of it is the same once more, in Python.
-    modules["msgspec"]["datetime"] = _datetime
+    modules["msgspec"]["datetime"] = import_module("_datetime")
     # Where there are any, they come before typing's own, which have been enough since 3.11.
     modules["msgspec"]["typing_extensions"] = None
     return modules
