@@ -43,17 +43,19 @@ def test_a_stand_in_is_the_module_when_it_is_used() -> None:
 
 
 def test_nobody_else_sees_one() -> None:
-    names = (
-        "inspect",
-        "textwrap",
-        "platform",
-        "gettext",
-        "urllib.parse",
-        "uuid",
-        "decimal",
-        "ntpath",
-    )
-    names += "fnmatch", "msgspec.json", "msgspec.toml", "datetime"
+    names = [
+        *(
+            "inspect",
+            "textwrap",
+            "platform",
+            "gettext",
+            "urllib.parse",
+            "uuid",
+            "decimal",
+            "ntpath",
+        ),
+        *("fnmatch", "msgspec.json", "msgspec.toml", "datetime"),
+    ]
     program = f"lean()\nimport sys, {', '.join(names)}\n"
     program += f"print(*[type(sys.modules[name]).__name__ for name in {names}])"
     assert python(program).split() == ["module"] * len(names)
