@@ -297,6 +297,15 @@ def test_bad_input(hostel: Hostel, files: Path, options: list[str], message: str
     assert not [path for path in runtime.glob("[!.]*") if path.is_dir()]  # hidden: networks
 
 
+def test_an_error_is_json_too(hostel: Hostel) -> None:
+    missing = ("--kernel", "/nonexistent/kernel")
+    result = hostel("run", "-q", "--json", "--engine", "qemu", *missing, "--", "true")
+    line, record = result.stderr.decode().splitlines()
+    told = json.loads(record)
+    assert (result.returncode, told["exit_code"]) == (125, 125)
+    assert line == f"hostel: {told['error']}"
+
+
 def test_named_engine_that_cannot_work_fails_at_once(hostel: Hostel) -> None:
     from hostel.kvm.probe import probe
 

@@ -112,7 +112,7 @@ def _run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
-        return _failure(error)
+        return failure(error)
 
 
 def _call(argv: list[str]) -> int:
@@ -131,7 +131,8 @@ def _call(argv: list[str]) -> int:
     return clicked.call(argv)
 
 
-def _failure(error: Exception) -> int:
+def failure(error: Exception) -> int:
+    """Say it; the exit code."""
     if isinstance(error, BrokenPipeError):
         return _broken_pipe()
     if isinstance(error, OSError) and error.errno in _FULL:

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from hostel.errors import HostError, MachineTimeout, UserError
+from hostel.errors import HostelError, HostError, MachineTimeout, UserError
 from hostel.spec import DEFAULT_MEMORY, Disk, MachineSpec, Nic, Publish, Root, Volume
 
 from . import network, terminal
 from . import options as opt
-from .entry import EndedBySignal
+from .entry import EndedBySignal, failure
 from .line import Line, Verb, option
 from .say import say
 
@@ -286,10 +286,19 @@ class _Run:
         self._cwd = self._directory()
 
     def run(self) -> int:
+        try:
+            return self._run()
+        except HostelError as error:
+            if not self._options.as_json:
+                raise
+            code = failure(error)
+            terminal.write_json({"error": str(error), "exit_code": code})
+            return code
+
+    def _run(self) -> int:
         from .signals import Signals
 
-        options = self._options
-        signals = Signals(timeout=options.timeout, stop_timeout=options.stop_timeout)
+        signals = Signals(timeout=self._options.timeout, stop_timeout=self._options.stop_timeout)
         with signals, contextlib.ExitStack() as stack:
             machine = self._start(stack)
             stack.callback(_tell_what_failed, machine)
@@ -364,11 +373,8 @@ class _Run:
         words = ", ".join(f"{name} {value:.2f} s" for name, value in timings.items())
         say.detail(f"exit code {code}; {words}")
         if self._options.as_json:
-            import json
-
             record = {**_rows(machine.plan), "addresses": machine.addresses}
-            record |= {"exit_code": code, "timings": timings}
-            terminal.write_all(terminal.STDERR, json.dumps(record).encode() + b"\n")
+            terminal.write_json({**record, "exit_code": code, "timings": timings})
 
     def _command(self) -> list[str]:
         if self._options.command:
@@ -394,8 +400,7 @@ class _Run:
         env = {"PATH": PATH, **(caller().environment() if own else {})}
         if self._tty:
             env["TERM"] = os.environ.get("TERM", "linux")
-        options = self._options
-        return env | opt.environment(options.env, options.env_file, os.environ)
+        return env | opt.environment(self._options.env, self._options.env_file, os.environ)
 
     def _directory(self) -> str | None:
         if self._options.workdir:

@@ -11,7 +11,8 @@ import contextlib
 import os
 import select
 import termios
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 DEFAULT_SIZE = (24, 80)
@@ -58,3 +59,10 @@ def raw() -> Iterator[None]:
         with contextlib.suppress(termios.error, OSError):  # the terminal may be gone (SIGHUP)
             # Not TCSADRAIN: it would wait for a terminal that the user has stopped with Ctrl-S.
             termios.tcsetattr(STDIN, termios.TCSANOW, saved)
+
+
+def write_json(record: Mapping[str, Any]) -> None:
+    """A line of standard error for programs."""
+    import json
+
+    write_all(STDERR, json.dumps(record).encode() + b"\n")
