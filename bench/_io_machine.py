@@ -32,6 +32,7 @@ from hostel.host.storage import Daemon
 from hostel.spec import Nic
 
 SECONDS = int(os.environ.get("BENCH_SECONDS", "3"))
+INTERVAL = 0.2
 FILE_SIZE = 128 << 20
 VSOCK_SIZE = 64 << 20
 VSOCK_PORT = 7000
@@ -73,28 +74,52 @@ def parts_of(name: str) -> set[str]:
 
 
 class Meter:
-    """What the host has counted between ``with`` and its end."""
+    """What the host has counted while the block ran, read every ``INTERVAL`` by a thread of its own."""
 
     counters = ("exits", "irq_injections")
 
     def __init__(self, vm: Machine) -> None:
         self._vm = vm
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
 
     def __enter__(self) -> Meter:
-        self._before = self._read()
+        self._readings = [(time.monotonic(), self._read())]
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        after = self._read()
-        self.used = {name: after[name] - value for name, value in self._before.items()}
+        self._ended.set()
+        self._thread.join()
+        self._readings.append((time.monotonic(), self._read()))
 
-    def per_mb(self, megabytes: float) -> dict[str, float]:
-        counts = {
-            f"{name}_per_mb": value / megabytes
-            for name, value in self.used.items()
-            if name != "cpu_seconds"
+    def whole(self, megabytes: float) -> dict[str, float]:
+        """A MB, from the first reading to the last: of a transfer whose size is known."""
+        return self._per_mb(self._readings[0][1], self._readings[-1][1], megabytes)
+
+    def steady(self, megabytes_per_second: float) -> dict[str, float]:
+        """A MB, of the stretch that lies inside of a tool's ``SECONDS``: neither its start, with what it
+        reads from the root, nor its ramp and its end are in it."""
+        end = self._readings[-1][0]
+        inside = [
+            reading
+            for reading in self._readings
+            if end - SECONDS <= reading[0] <= end - SECONDS / 3
+        ]
+        (begun, first), (ended, last) = inside[0], inside[-1]
+        return self._per_mb(first, last, megabytes_per_second * (ended - begun))
+
+    def _per_mb(
+        self, first: dict[str, float], last: dict[str, float], megabytes: float
+    ) -> dict[str, float]:
+        used = {name: (last[name] - value) / megabytes for name, value in first.items()}
+        return {"cpu_seconds_per_gb": used.pop("cpu_seconds") * 1000} | {
+            f"{name}_per_mb": value for name, value in used.items()
         }
-        return counts | {"cpu_seconds_per_gb": self.used["cpu_seconds"] / megabytes * 1000}
+
+    def _watch(self) -> None:
+        while not self._ended.wait(INTERVAL):
+            self._readings.append((time.monotonic(), self._read()))
 
     def _read(self) -> dict[str, float]:
         counts: dict[str, float] = {"cpu_seconds": busy_seconds()}
@@ -160,7 +185,7 @@ class Probe:
             )
         result = json.loads(text)["end"]
         self._samples[f"{name}_gbit_per_s"] = result["sum_received"]["bits_per_second"] / 1e9
-        self._counts = meter.per_mb(result["sum_sent"]["bytes"] / 1e6)
+        self._counts = meter.steady(result["sum_received"]["bits_per_second"] / 8e6)
 
     def _round_trip(self) -> None:
         text = self.run("ping", "-q", "-c", "100", "-i", "0.02", self._host)
@@ -179,7 +204,7 @@ class Probe:
         job = json.loads(text[text.index("{") :])["jobs"][0]
         result = job["read" if "read" in kind else "write"]
         self._samples[f"disk_{name}_per_s"] = result["iops"]
-        self._counts = meter.per_mb(result["io_bytes"] / 1e6)
+        self._counts = meter.steady(result["bw_bytes"] / 1e6)
 
     # -- sockets ------------------------------------------------------------------------------
 
@@ -196,7 +221,7 @@ class Probe:
                 self.run("python3", "-c", code % (VSOCK_PORT, VSOCK_SIZE >> 20))
                 thread.join()
         self._samples["vsock_out_mb_per_s"] = VSOCK_SIZE / 1e6 / taken[0]
-        self._counts = meter.per_mb(VSOCK_SIZE / 1e6)
+        self._counts = meter.whole(VSOCK_SIZE / 1e6)
 
     # -- files --------------------------------------------------------------------------------
 
@@ -213,7 +238,7 @@ class Probe:
             text = self.run("sh", "-c", command)
         seconds = float(re.findall(r", ([\d.e-]+) s,", text)[-1])
         self._samples[f"virtiofs_{name}_mb_per_s"] = FILE_SIZE / 1e6 / seconds
-        self._counts = meter.per_mb(FILE_SIZE / 1e6)
+        self._counts = meter.whole(FILE_SIZE / 1e6)
 
 
 def drain(listener: socket.socket, taken: list[float]) -> None:

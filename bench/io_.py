@@ -15,7 +15,7 @@ Ratios are hostel by QEMU, of the medians: above 1 is better for throughput, bel
 ``spread`` has the least and the greatest of the rounds' own ratios. ``counts`` says what a transfer cost,
 medians too: VM exits, interrupts injected and exits to user space a MB (the kernel's own counters, for both),
 exits that reached Python a MB, and CPU seconds of the whole host a GB, guest and both ends of the transfer
-included.
+included; of TCP and the disk in the steady stretch of a window, of sockets and files in a whole transfer.
 
     ./dev bench io [ROW…] [PART…] [WINDOW…]     some rows; of the parts network, disk, files, vsock; or
                                                 single measurements: tcp_out, disk_randread_4k_qd32 …
