@@ -8,9 +8,11 @@ import platform
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
+import hostel
 from hostel.cli.lean import Later, import_packages
 
 PACKAGES = ("msgspec", "pathlib", "click")
@@ -40,6 +42,40 @@ def test_a_stand_in_is_the_module_when_it_is_used() -> None:
     for missing in ("no_such_name", "__path__"):
         with pytest.raises(AttributeError):
             getattr(later, missing)
+
+
+def test_a_stand_in_gives_way_when_it_is_used_while_it_stands_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """pathlib of Python 3.12 uses fnmatch as it is imported."""
+    later = Later("textwrap")
+    monkeypatch.setitem(sys.modules, "textwrap", later)
+    dedent = later.dedent
+    assert sys.modules["textwrap"] is not later
+    assert dedent is sys.modules["textwrap"].dedent
+
+
+def pythons() -> list[Path]:
+    """Other Pythons of this host that are new enough: Debian's, pyenv's."""
+    homes = (Path("/usr/bin"), *Path.home().glob(".pyenv/versions/3.*/bin"))
+    return [python for home in homes for python in home.glob("python3.1[1-9]")]
+
+
+@pytest.mark.parametrize("python", pythons(), ids=str)
+def test_pathlib_is_whole_on_every_python(python: Path) -> None:
+    """Each has a pathlib of its own. (Neither click nor msgspec is installed for it.)"""
+    program = LEAN.replace(str(PACKAGES), "('pathlib')")
+    program += "lean()\nfrom pathlib import Path\n"
+    program += "print(*Path('/usr').glob('b?n'), Path('a b').absolute().as_uri()[-5:])"
+    source = Path(hostel.__file__).parents[1]
+    done = subprocess.run(
+        [python, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(source)},
+    )
+    assert (done.stdout, done.stderr) == ("/usr/bin a%20b\n", "")
 
 
 def test_nobody_else_sees_one() -> None:

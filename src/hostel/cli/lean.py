@@ -25,6 +25,10 @@ class Later(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # Python's own questions, while it imports
             raise AttributeError(name)
+        if (
+            sys.modules.get(self.__name__) is self
+        ):  # asked while it stands in: some Pythons use more
+            del sys.modules[self.__name__]
         return getattr(import_module(self.__name__), name)
 
 
