@@ -1,4 +1,4 @@
-"""``./dev fuzz NAME [SECONDS]``: a target under new inputs for so long.
+"""``./dev fuzz NAME [SECONDS [SEED]]``: a target under new inputs for so long.
 
 Guided by coverage where atheris can be had (a wheel exists for CPython 3.11 and a few later ones), else by
 chance alone, which is said. What is found to be new stays in the cache, beside the repository's corpus; a
@@ -24,7 +24,7 @@ TOP = Path(__file__).resolve().parent.parent.parent
 SECONDS = 60
 
 
-def main(name: str, seconds: int) -> int:
+def main(name: str, seconds: int, seed: int) -> int:
     """Each campaign is a process of its own: libFuzzer ends its process, and must not leave files."""
     found = cache.home() / "fuzz" / name
     found.mkdir(parents=True, exist_ok=True)
@@ -32,22 +32,30 @@ def main(name: str, seconds: int) -> int:
         if name in TARGETS:
             command = [str(build(Path(folder), name)), str(seconds), str(found), str(CORPUS / name)]
         else:
-            command = [sys.executable, __file__, "--campaign", name, str(seconds), folder]
+            command = [
+                sys.executable,
+                __file__,
+                "--campaign",
+                name,
+                str(seconds),
+                str(seed),
+                folder,
+            ]
         status = subprocess.run(command, cwd=found, check=False).returncode
     if status:
         print(f"{name}: a finding; its input is among {found}/crash-*", file=sys.stderr)
     return status
 
 
-def campaign(name: str, seconds: int, folder: Path) -> None:
+def campaign(name: str, seconds: int, seed: int, folder: Path) -> None:
     if find_spec("atheris") is not None:
-        _guided(name, seconds, folder)
+        _guided(name, seconds, seed, folder)
     print("atheris is not there: inputs by chance, not guided by coverage", file=sys.stderr)
     from fuzz.targets import make
 
     target = make(name, folder)
     until, runs = time.monotonic() + seconds, 0
-    for data in mutations(corpus(name), seed=int(time.time())):
+    for data in mutations(corpus(name), seed=seed):
         try:
             target.run(data)
         except BaseException:
@@ -60,26 +68,30 @@ def campaign(name: str, seconds: int, folder: Path) -> None:
     print(f"{name}: {runs} runs, no finding", file=sys.stderr)
 
 
-def _guided(name: str, seconds: int, folder: Path) -> None:
+def _guided(name: str, seconds: int, seed: int, folder: Path) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["hostel"]):
         from fuzz.targets import make
 
         target = make(name, folder)
-    options = [f"-max_total_time={seconds}", "-max_len=4096", "-print_final_stats=1", "-timeout=30"]
-    options += [
-        "-handle_xfsz=0"
-    ]  # a file that would be too large (``bounded``) is an error for the target
+    options = [f"-max_total_time={seconds}", f"-seed={seed}", "-max_len=4096", "-timeout=30"]
+    options += ["-print_final_stats=1"]
+    # A file that would be too large (``bounded``) is an error for the target.
+    options += ["-handle_xfsz=0"]
     atheris.Setup([name, *options, os.getcwd(), str(CORPUS / name)], target.run)
     atheris.Fuzz()
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--campaign"]:
-        campaign(sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))
+        campaign(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))
         sys.exit(0)
     names = sorted(path.name for path in CORPUS.iterdir())
     if not sys.argv[1:] or sys.argv[1] not in names:
-        sys.exit(f"usage: ./dev fuzz NAME [SECONDS]; NAME: {' '.join(names)}")
-    sys.exit(main(sys.argv[1], int(sys.argv[2]) if sys.argv[2:] else SECONDS))
+        sys.exit(f"usage: ./dev fuzz NAME [SECONDS [SEED]]; NAME: {' '.join(names)}")
+    name, seconds, seed = [
+        *sys.argv[1:],
+        *(str(SECONDS), str(int(time.time())))[len(sys.argv) - 2 :],
+    ]
+    sys.exit(main(name, int(seconds), int(seed)))
