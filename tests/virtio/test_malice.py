@@ -9,8 +9,6 @@ The cases are in ``malice.py`` (rings, registers) and ``subjects.py`` (devices, 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -28,7 +26,8 @@ from hostel.virtio.net_python import PythonPlane
 from hostel.virtio.rng import Rng
 from virtio.malice import REGISTERS, RINGS, kick_all
 from virtio.netns import GUEST_MAC, HOST_MAC, Namespace, frame, make_tap, raw_socket
-from virtio.rig import Driver, Rig, eventually
+from virtio.rig import Rig, eventually
+from virtio.storms import Storm, sees_no_more
 from virtio.subjects import BOUND, HEADERS, SUBJECTS, Subject
 
 SIZE, LOW, HIGH = 32 << 20, 28 << 20, 1 << 32
@@ -152,40 +151,9 @@ def test_buffers_that_are_the_rings(table: Table) -> None:
         table.check()
 
 
-class Storm:
-    """``storm.py`` on all hot queues: each slot of a ring names one chain, and the ring is always full."""
-
-    def __init__(self, driver: Driver, subject: Subject) -> None:
-        memory = driver.rig.memory
-        arguments, self._fds = [], [memory.fd]
-        for index, (readable, writable) in subject.hot.items():
-            queue = driver.queues[index]
-            head = queue.add(readable, writable)
-            for slot in range(queue.size):
-                memory.write_u16(queue.avail + 4 + 2 * slot, head)
-            kick = driver.transport.queues[index].kick
-            arguments += [queue.avail + 2, queue.used + 2, queue.size, kick]
-            self._fds.append(kick)
-        script = Path(__file__).with_name("storm.py")
-        self._command = [sys.executable, "-IS", str(script), str(memory.fd), str(memory.size)]
-        self._command += map(str, arguments)
-
-    def __enter__(self) -> Storm:
-        self._process = subprocess.Popen(
-            self._command, pass_fds=self._fds, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
-        )
-        assert self._process.stdout is not None
-        assert self._process.stdout.read(1) == b"!"
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
 def test_a_storm_starves_nobody(table: Table) -> None:
     table.start(256)
-    with Storm(table.driver, table.subject):
+    with Storm(table.driver, table.subject.hot):
         until = time.monotonic() + 0.2
         slowest = 0.0
         while time.monotonic() < until:
@@ -199,17 +167,11 @@ def test_a_reset_in_a_storm_is_the_end_of_it(table: Table) -> None:
     """When the reset has been read back, nobody touches the guest's memory for this device."""
     for _ in range(2):
         table.start(256)
-        with Storm(table.driver, table.subject):
+        with Storm(table.driver, table.subject.hot):
             time.sleep(0.01)
             table.driver.set_status(0)
         assert table.driver.get_status() == 0
-        areas = [(queue.desc, queue.end - queue.desc) for queue in table.driver.queues.values()]
-        for start, size in areas:
-            table.rig.memory.write(start, b"\x5a" * size)
-        time.sleep(0.01)
-        kick_all(table.driver)
-        for start, size in areas:
-            assert table.rig.memory.view(start, size) == b"\x5a" * size
+        assert sees_no_more(table.driver)
     table.check()
 
 

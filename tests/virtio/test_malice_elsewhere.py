@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from virtio.block_driver import Disk
 from virtio.malice import REGISTERS, RINGS
 from virtio.netns import GUEST_MAC, HOST_MAC, Namespace, frame, make_tap, plug, raw_socket
 from virtio.rig import Driver, Rig, eventually
+from virtio.storms import Storm, sees_no_more
 from virtio.subjects import BOUND
 from virtio.vsock_guest import CID
 
@@ -45,13 +47,15 @@ SETTLED = 0.05
 CONTENT = b"\x5a" * (1 << 20)
 
 
-class Served:
-    """A device, the queues that an attack begins with, and how one sees that it works."""
+Hot = dict[int, tuple[Sequence[bytes], Sequence[int]]]
 
-    def __init__(
-        self, device: VirtioDevice, queues: tuple[int, ...], works: Callable[[Driver], None]
-    ) -> None:
-        self.device, self.queues, self.works = device, queues, works
+
+class Served:
+    """A device, and how one sees that it works."""
+
+    def __init__(self, device: VirtioDevice, hot: Hot, works: Callable[[Driver], None]) -> None:
+        """``hot``: the queues that an attack begins with, each with an ordinary request."""
+        self.device, self.hot, self.works = device, hot, works
 
 
 def kernel(rig: Rig, folder: Path, stack: ExitStack) -> Served:
@@ -67,23 +71,25 @@ def kernel(rig: Rig, folder: Path, stack: ExitStack) -> Served:
         while wire.recv(4096)[14:] != token:
             pass
 
-    return Served(Net(rig.loop, plane, mac=GUEST_MAC), (0, 1), works)
+    outgoing = bytes(HEADER) + frame(b"storm", to=HOST_MAC, sender=GUEST_MAC)
+    hot: Hot = {0: ([], [4096]), 1: ([outgoing], [])}
+    return Served(Net(rig.loop, plane, mac=GUEST_MAC), hot, works)
 
 
 def kernel_sockets(rig: Rig, folder: Path, stack: ExitStack) -> Served:
     vhost, cid = claim(CID)
+    request = abi.VSOCK_HDR.pack(cid, abi.VSOCK_CID_HOST, 1024, 5000, 0, 1, 1, 0, 1 << 16, 0)
 
     def works(driver: Driver) -> None:
         """A request to a port where nobody listens is refused."""
         driver.queues[RX].add([], [4096])
         driver.kick(RX)
-        driver.queues[TX].add(
-            [abi.VSOCK_HDR.pack(cid, abi.VSOCK_CID_HOST, 1024, 5000, 0, 1, 1, 0, 1 << 16, 0)]
-        )
+        driver.queues[TX].add([request])
         driver.kick(TX)
         assert abi.VSOCK_HDR.unpack(driver.wait(RX)[0].data)[6] == abi.VSOCK_OP_RST
 
-    return Served(VhostVsock(rig.loop, vhost, cid), (RX, TX), works)
+    hot: Hot = {RX: ([], [4096]), TX: ([request], [])}
+    return Served(VhostVsock(rig.loop, vhost, cid), hot, works)
 
 
 def storage(rig: Rig, folder: Path, stack: ExitStack) -> Served:
@@ -99,7 +105,8 @@ def storage(rig: Rig, folder: Path, stack: ExitStack) -> Served:
         assert Disk(driver).read(8, 512)[1] == CONTENT[:512]
         assert image.read_bytes() == CONTENT
 
-    return Served(device, (0, 1), works)
+    read: tuple[Sequence[bytes], Sequence[int]] = ([struct.pack("<IIQ", 0, 0, 8)], [512, 1])
+    return Served(device, {0: read, 1: read}, works)
 
 
 Make = Callable[[Rig, Path, ExitStack], Served]
@@ -119,9 +126,7 @@ class Table:
             self.rig.memory.write(start, b"\xa5" * size)
 
     def check(self, case: str) -> None:
-        begun = time.monotonic()
-        assert self.bystander.request(0, [], [32]).written == 32, case
-        assert time.monotonic() - begun < BOUND, case
+        self.check_bystander(case)
         assert not self.rig.errors, case
         fault = self.served.device.fault
         assert isinstance(fault, GuestError | HelperError | None), (case, fault)
@@ -133,6 +138,11 @@ class Table:
             raise AssertionError(f"{case}: it does not work again") from None
         for start, size in GUARDS:
             assert self.rig.memory.view(start, size) == b"\xa5" * size, case
+
+    def check_bystander(self, case: str) -> None:
+        begun = time.monotonic()
+        assert self.bystander.request(0, [], [32]).written == 32, case
+        assert time.monotonic() - begun < BOUND, case
 
     def restarts(self) -> bool:
         """A connection that is just ending may still take the first one with it."""
@@ -160,6 +170,9 @@ ELSEWHERE = pytest.mark.parametrize(
 )
 
 
+TRANSPORTS = pytest.mark.parametrize("transport", ["pci", "mmio"])
+
+
 @contextlib.contextmanager
 def table_of(make: Make, transport: str, folder: Path) -> Iterator[Table]:
     table = Table(make, transport, folder)
@@ -168,11 +181,11 @@ def table_of(make: Make, transport: str, folder: Path) -> Iterator[Table]:
 
 
 @ELSEWHERE
-def test_rings(make: Make, tmp_path: Path) -> None:
-    """The transport has no part in them."""
-    with table_of(make, "pci", tmp_path) as table:
+@TRANSPORTS
+def test_rings(make: Make, transport: str, tmp_path: Path) -> None:
+    with table_of(make, transport, tmp_path) as table:
         for case, (_, play) in RINGS.items():
-            for index in table.served.queues:
+            for index in table.served.hot:
                 table.driver.start(heap=1 << 20)
                 play(table.driver.queues[index])
                 table.driver.kick(index)
@@ -180,7 +193,22 @@ def test_rings(make: Make, tmp_path: Path) -> None:
 
 
 @ELSEWHERE
-@pytest.mark.parametrize("transport", ["pci", "mmio"])
+@TRANSPORTS
+def test_a_reset_in_a_storm_is_the_end_of_it(make: Make, transport: str, tmp_path: Path) -> None:
+    with table_of(make, transport, tmp_path) as table:
+        for _ in range(2):
+            table.driver.start(heap=1 << 20)
+            with Storm(table.driver, table.served.hot):
+                time.sleep(0.05)
+                table.check_bystander("a storm")
+                table.driver.set_status(0)
+            assert table.driver.get_status() == 0
+            assert sees_no_more(table.driver)
+        table.check("a storm")
+
+
+@ELSEWHERE
+@TRANSPORTS
 def test_registers(make: Make, transport: str, tmp_path: Path) -> None:
     with table_of(make, transport, tmp_path) as table:
         for case, play in REGISTERS.items():
