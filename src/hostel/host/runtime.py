@@ -140,8 +140,9 @@ def _sweep_one(path: Path) -> bool:
         if ours:
             from .process import RECORD_SUFFIX, kill_recorded
 
-            for record in path.glob(f"*{RECORD_SUFFIX}"):
-                kill_recorded(record)
+            with contextlib.suppress(FileNotFoundError):  # its owner has just removed it
+                for record in path.glob(f"*{RECORD_SUFFIX}"):
+                    kill_recorded(record)
             rmtree(path, ignore_errors=True)
         return ours
 

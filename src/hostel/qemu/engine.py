@@ -286,11 +286,11 @@ class QemuEngine:
                 raise SpecError(
                     "engine qemu boots no boot sectors", cure="use --engine kvm or soft"
                 )
+            check_fits(kernel, cmdline=cmdline, initrd=plan.initrd, memory=plan.spec.memory)
             bare = kernel.protocol == "linux" and kernel.header is None  # an ELF as it came
             if bare and not _has_entry(kernel.source):
                 message = f"{plan.kernel} has no PVH note, by which alone engine qemu enters an ELF"
                 raise SpecError(message, cure="use --engine kvm, or the kernel's bzImage")
-            check_fits(kernel, cmdline=cmdline, initrd=plan.initrd, memory=plan.spec.memory)
         if plan.spec.hugepages:
             GuestMemory(plan.spec.memory, hugepages=True).close()
 
