@@ -45,6 +45,16 @@ def test_terminal_is_restored_when_hostel_is_told_to_end() -> None:
 
 
 @pytest.mark.qemu
+@pytest.mark.parametrize("pause", ["60", "0.01"])
+def test_a_terminal_that_vanishes_is_a_hangup(pause: str) -> None:
+    """Also for a command that just writes: EIO is seen before SIGHUP is."""
+    script = f"echo rea''dy; while :; do echo on; sleep {pause}; done"
+    with person("run", "-q", "--net", "none", "--", "sh", "-c", script) as someone:
+        someone.expect(b"ready")
+        assert someone.leave() == 128 + signal.SIGHUP
+
+
+@pytest.mark.qemu
 def test_three_interrupts_at_once_force_the_end() -> None:
     script = "trap '' INT; stty -echo; echo rea''dy; while read line; do echo \"<$line>\"; done"
     with person("run", "-q", "sh", "-c", script) as someone:

@@ -48,6 +48,13 @@ class Person:
             self.seen += os.read(self.master, 65536)
         self.seen = self.seen.partition(text)[2]
 
+    def leave(self) -> int:
+        """Close the terminal, as a connection that is lost does; hostel's exit code."""
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, self.master)
+        os.close(null)
+        return self.process.wait(PATIENCE)
+
     def end(self) -> int:
         """hostel's exit code; what it still writes is read, so that it can end."""
         deadline = time.monotonic() + PATIENCE

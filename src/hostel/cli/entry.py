@@ -54,10 +54,8 @@ def command_line(argv: Sequence[str]) -> int:
     _signals(_interrupt, signal.SIG_DFL)
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        return _broken_pipe()
     except OSError as error:
-        return _cannot_write(error)
+        return failure(error)
     return code
 
 
@@ -135,6 +133,8 @@ def failure(error: Exception) -> int:
     """Say it; the exit code."""
     if isinstance(error, BrokenPipeError):
         return _broken_pipe()
+    if _hung_up(error):
+        return 128 + signal.SIGHUP
     if isinstance(error, OSError) and error.errno in _FULL:
         return _cannot_write(error)
     if isinstance(error, HostelError):
@@ -152,6 +152,22 @@ def _cannot_write(error: OSError) -> int:
     say.fail(f"cannot write to {error.filename or 'standard output'}: {error.strerror}")
     _drop_stdout()
     return FAILED
+
+
+def _hung_up(error: Exception) -> bool:
+    """The terminal is gone, and SIGHUP is on its way: who was just writing learns it sooner."""
+    cause = error.__cause__ or error
+    if not (isinstance(cause, OSError) and cause.errno == errno.EIO):
+        return False
+    import termios
+
+    for fd in range(3):
+        try:
+            termios.tcgetattr(fd)
+        except termios.error as refused:
+            if refused.args[0] == errno.EIO:
+                return True
+    return False
 
 
 def _broken_pipe() -> int:

@@ -311,6 +311,7 @@ class GuestProcess(Stream):
         if not isinstance(error, BrokenPipeError):
             name = "standard error" if channel is Channel.STDERR else "standard output"
             self._unwritten = HostError(f"cannot write to {name}: {error.strerror}")
+            self._unwritten.__cause__ = error
 
     def _pump_input(self, fd: int, watch: Callable[[bytes], None] | None) -> None:
         """``_input_wake`` ends the wait for a terminal that stays silent after the command's end."""
