@@ -2,7 +2,8 @@
 
 A kernel learns that rate by holding the counter against the PIT or the HPET. Both are emulated: on a busy
 host it once got it wrong, and all time in there ran some five times too fast, as ``tsc=reliable`` forbids to
-doubt it. So the kernel is told (``tsc_early_khz``).
+doubt it. So the kernel is told (``tsc_early_khz``). ``hostel.qemu.tsc`` does the same for its guests: what
+tests hostel does not use it.
 """
 
 from __future__ import annotations

@@ -75,10 +75,11 @@ def _guided(name: str, seconds: int, seed: int, folder: Path) -> None:
         from fuzz.targets import make
 
         target = make(name, folder)
-    options = [f"-max_total_time={seconds}", f"-seed={seed}", "-max_len=4096", "-timeout=30"]
-    options += ["-print_final_stats=1"]
-    # A file that would be too large (``bounded``) is an error for the target.
-    options += ["-handle_xfsz=0"]
+    options = [
+        *(f"-max_total_time={seconds}", f"-seed={seed}", "-max_len=4096", "-timeout=30"),
+        "-print_final_stats=1",
+        "-handle_xfsz=0",  # a file that would be too large (``bounded``) is an error for the target
+    ]
     atheris.Setup([name, *options, os.getcwd(), str(CORPUS / name)], target.run)
     atheris.Fuzz()
 

@@ -47,6 +47,11 @@ def _checked(result: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
+def load_rules(text: str) -> None:
+    """Into the nftables of the namespace that this is called in."""
+    subprocess.run(["nft", "-f", "-"], input=text, check=True, text=True)
+
+
 def missing() -> str:
     """What this host lacks for such tests; empty if nothing."""
     if os.geteuid() != 0:

@@ -28,16 +28,6 @@ def places() -> Iterator[tuple[Namespace, Namespace]]:
 
 
 @pytest.fixture
-def host(places: tuple[Namespace, Namespace]) -> Namespace:
-    return places[0]
-
-
-@pytest.fixture
-def outside(places: tuple[Namespace, Namespace]) -> Namespace:
-    return places[1]
-
-
-@pytest.fixture
 def join(host: Namespace, tmp_path: Path) -> Iterator[Join]:
     """A machine with one NIC; afterwards nothing of any network is left."""
     before, open_ones = state_of(host), []

@@ -10,7 +10,6 @@ Either all that a network promises works there, or a line says what does not, an
 from __future__ import annotations
 
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from guests.names import look_up
-from guests.namespaces import HOST, OUTSIDE, Echo, Guest, Namespace, ask, missing, world
+from guests.namespaces import HOST, OUTSIDE, Echo, Guest, Namespace, ask, load_rules, missing
 from hostel.host import runtime
 from hostel.host.net import firewall, kernel
 from hostel.host.network import attach
@@ -59,17 +58,6 @@ ALL = ["names", "out by tcp", "in by tcp", "out by udp", "in by udp", "own port"
 
 
 @pytest.fixture
-def places() -> Iterator[tuple[Namespace, Namespace]]:
-    with world() as both:
-        yield both
-
-
-@pytest.fixture
-def host(places: tuple[Namespace, Namespace]) -> Namespace:
-    return places[0]
-
-
-@pytest.fixture
 def make(places: tuple[Namespace, Namespace], tmp_path: Path) -> Iterator[Make]:
     """Once the host is as it is to be. Afterwards its rules are as they were."""
     host, outside = places
@@ -90,10 +78,6 @@ def make(places: tuple[Namespace, Namespace], tmp_path: Path) -> Iterator[Make]:
     while any(runtime.base().glob(".net-*")) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert rules == [host.run("nft list ruleset")]
-
-
-def load(text: str) -> None:
-    subprocess.run(["nft", "-f", "-"], input=text, check=True, text=True)
 
 
 def chain(table: str, name: str, hook: str, policy: str, *rules: str) -> str:
@@ -127,7 +111,7 @@ HARMLESS = {
 
 @pytest.mark.parametrize("rules", HARMLESS.values(), ids=HARMLESS)
 def test_all_works(make: Make, rules: str) -> None:
-    load(rules)
+    load_rules(rules)
     scene = make()
     assert scene.works() == ALL
     assert scene.notes == ()
@@ -159,7 +143,7 @@ IN_THE_WAY = {
 
 @pytest.mark.parametrize(("rules", "line", "left"), IN_THE_WAY.values(), ids=IN_THE_WAY)
 def test_a_line_says_what_does_not(make: Make, rules: str, line: str, left: list[str]) -> None:
-    load(rules)
+    load_rules(rules)
     scene = make()
     assert scene.notes == (f"the firewall table {line}",)
     assert scene.works() == left
@@ -197,7 +181,7 @@ def test_frames_of_a_bridge_of_the_hosts(
     path.write_text(switch)
     host.run("ip link add br7 type bridge forward_delay 0", "ip link set br7 up")
     host.run("ip addr flush dev eth0", "ip link set eth0 master br7")
-    load(chain("ip filter", "FORWARD", "forward", "drop"))
+    load_rules(chain("ip filter", "FORWARD", "forward", "drop"))
     nic = Nic(mode="bridge", target="br7")
     with attach([nic], [], tmp_path, "", cpus=1) as networks, Echo(outside, 7):
         with Guest(host, networks.attachments[0]) as guest:

@@ -16,7 +16,17 @@ import pytest
 
 from guests.killed import Victim
 from guests.names import NameServer, gateway, look_up
-from guests.namespaces import HOST, OUTSIDE, Echo, Guest, Namespace, ask, missing, reached, world
+from guests.namespaces import (
+    HOST,
+    OUTSIDE,
+    Echo,
+    Guest,
+    Namespace,
+    ask,
+    load_rules,
+    missing,
+    reached,
+)
 from hostel.errors import HostError, SpecError, UserError
 from hostel.host import runtime
 from hostel.host.interface import Attachment
@@ -30,32 +40,12 @@ NAMES = {"good.test": OUTSIDE}
 CHAIN = "{{ type filter hook {} priority 0; policy drop; }};"
 
 
-@pytest.fixture
-def places() -> Iterator[tuple[Namespace, Namespace]]:
-    with world() as both:
-        yield both
-
-
-@pytest.fixture
-def host(places: tuple[Namespace, Namespace]) -> Namespace:
-    return places[0]
-
-
-@pytest.fixture
-def outside(places: tuple[Namespace, Namespace]) -> Namespace:
-    return places[1]
-
-
 @contextlib.contextmanager
 def machine(
     folder: Path, nic: Nic, *ports: Publish, name: str = ""
 ) -> Iterator[tuple[Attachment, tuple[str, ...]]]:
     with attach([nic], ports, folder, name, cpus=1) as networks:
         yield networks.attachments[0], networks.notes
-
-
-def nft(text: str) -> None:
-    subprocess.run(["nft", "-f", "-"], input=text, check=True, text=True)
 
 
 def until(condition: Callable[[], bool], seconds: float = 5) -> None:
@@ -100,7 +90,7 @@ def test_a_host_with_routes_to_all_that_is_private(host: Namespace, tmp_path: Pa
 
 def test_a_firewall_that_lets_nothing_in_is_named(host: Namespace, tmp_path: Path) -> None:
     chain = CHAIN.format("input")
-    nft(f"table inet filter {{ chain input {chain} }}")
+    load_rules(f"table inet filter {{ chain input {chain} }}")
     with machine(tmp_path, Nic(), name="one") as (attachment, notes):
         (note,) = notes
         assert "no names" in note
@@ -126,7 +116,7 @@ def test_rules_that_are_flushed_come_back(
             before = host.run("nft list ruleset")
             assert "limit octets" in before
             for _ in range(3):
-                nft("flush ruleset")
+                load_rules("flush ruleset")
                 until(lambda: host.run("nft list ruleset") == before)
             targets = [(OUTSIDE, 7, "tcp"), (HOST, 7, "tcp"), (gateway(guest), 7, "udp")]
             assert reached(guest, targets) == []
@@ -143,7 +133,7 @@ def test_the_way_through_a_firewall_comes_back(
         Guest(host, attachment) as guest,
     ):
         for _ in range(2):
-            nft(f"flush ruleset; {table}")
+            load_rules(f"flush ruleset; {table}")
             until(lambda: 'comment "hostel hostel0"' in host.run("nft list ruleset"))
             until(lambda: ask(guest, OUTSIDE, 7) == HOST)
     until(lambda: "hostel" not in host.run("nft list ruleset"))

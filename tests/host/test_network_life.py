@@ -24,6 +24,7 @@ from guests.namespaces import (
     Guest,
     Namespace,
     ask,
+    load_rules,
     missing,
     open_tap,
     reached,
@@ -71,11 +72,6 @@ def host(places: tuple[Namespace, Namespace]) -> Iterator[Namespace]:
     while (now := snapshot(places[0])) != before and time.monotonic() < deadline:
         time.sleep(0.02)
     assert now == before
-
-
-@pytest.fixture
-def outside(places: tuple[Namespace, Namespace]) -> Namespace:
-    return places[1]
 
 
 def snapshot(host: Namespace) -> tuple[str, ...]:
@@ -221,7 +217,7 @@ def test_docker_s_firewall(host: Namespace, outside: Namespace, tmp_path: Path) 
     table += "add rule ip filter FORWARD jump DOCKER-USER;"
     table += "add chain ip filter INPUT { type filter hook input priority 0; policy drop; };"
     table += "add rule ip filter INPUT ct state established accept;"
-    subprocess.run(["nft", "-f", "-"], input=table, check=True, text=True)
+    load_rules(table)
     before = host.run("nft list table ip filter")
     try:
         networks = attach([Nic()], [Publish(host=8080, guest=80)], tmp_path, "one", cpus=1)
@@ -240,7 +236,7 @@ def test_docker_s_firewall(host: Namespace, outside: Namespace, tmp_path: Path) 
 def test_any_other_firewall_is_named(host: Namespace, tmp_path: Path) -> None:
     chain = "{ type filter hook forward priority 0; policy drop; }"
     text = f"add table inet mine; add chain inet mine f {chain}"
-    subprocess.run(["nft", "-f", "-"], input=text, check=True, text=True)
+    load_rules(text)
     try:
         with attach([Nic()], (), tmp_path, "", cpus=1) as networks:
             assert networks.attachments

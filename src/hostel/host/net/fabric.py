@@ -87,8 +87,7 @@ class Network:
         """Packets that arrive there are forwarded: answers, and what is for published ports."""
         uplinks = forwarding.uplinks(self._routes)
         if uplinks and kernel.sysctl("ipv4/ip_forward") != "1":
-            if not self.state.has("forwarding", self._folder):
-                self.state.note("forwarding", self._folder)
+            self.state.note("forwarding", self._folder)
             self._view.opened = forwarding.join(self._folder, uplinks)
 
     def _let_through(self) -> None:
@@ -100,8 +99,7 @@ class Network:
         """The host's firewall may have been loaded anew, or only now."""
         ways, self.notes = firewall.look(self._bridge)
         if ways and not firewall.is_open(self._bridge, ways):
-            if not self.state.has("accept", self._bridge):
-                self.state.note("accept", self._bridge)
+            self.state.note("accept", self._bridge)
             firewall.close(self._bridge)
             kernel.nft(ways)
 

@@ -31,8 +31,7 @@ MOST_BURST = (1 << 32) - 1
 
 def hold(state: State, tap: str, limits: dict[str, Any]) -> None:
     """From now on, and until ``release``."""
-    if not state.has("table", f"bridge:{tap}"):
-        state.note("table", f"bridge:{tap}")
+    state.note("table", f"bridge:{tap}")
     kernel.nft(render(tap, limits))
 
 

@@ -37,7 +37,9 @@ class State:
         return state
 
     def note(self, kind: str, name: str) -> None:
-        """Before it is made."""
+        """Before it is made. It may stand here already."""
+        if self.has(kind, name):
+            return
         self._entries.append((kind, name))
         with contextlib.suppress(OSError), open(self._path, "a") as file:
             file.write(f"{kind} {name}\n")
